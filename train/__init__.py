@@ -1,0 +1,18 @@
+"""Plain training and evaluation scripts for YOLO detectors on Hugging Face Accelerate.
+
+Ultralytics reads the variables below while it is imported, so they stand in the one place that runs before every
+module of this package. They stop it from pip-installing, from running pickled code and from writing its settings to
+the user's home from several processes at once. Whoever sets a variable beforehand keeps their own value.
+"""
+
+import os
+import tempfile
+
+os.environ.setdefault("YOLO_OFFLINE", "1")  # no DNS look-up at import; official weights are still fetched when named
+os.environ.setdefault("YOLO_AUTOINSTALL", "0")  # never pip-install what a checkpoint or a YAML names
+os.environ.setdefault("ULTRALYTICS_SAFE_LOAD", "1")  # checkpoints load with torch's weights_only rules
+os.environ.setdefault("YOLO_VERBOSE", "false")  # no banner at import; train/report.py opens its log again
+
+if "YOLO_CONFIG_DIR" not in os.environ:
+    _settings = tempfile.TemporaryDirectory(prefix="ultralytics-")  # one a process, removed when it ends
+    os.environ["YOLO_CONFIG_DIR"] = _settings.name

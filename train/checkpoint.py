@@ -1,0 +1,56 @@
+"""Files that are there whole or not at all: checkpoints that `ultralytics.YOLO` loads, and everything beside them."""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from train.config import InputError
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Give a temporary name beside `path`; what was written there becomes `path` when the block ends without error."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield draft
+        with open(draft, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def save(checkpoint: dict[str, Any], folder: Path, best: bool) -> None:
+    """Write `folder`/last.pt, and best.pt as a hard link to it (a copy where the file system has no links)."""
+    with whole_file(folder / "last.pt") as draft:
+        torch.save(checkpoint, draft)
+    if best:
+        with whole_file(folder / "best.pt") as draft:
+            try:
+                os.link(folder / "last.pt", draft)
+            except OSError:
+                shutil.copyfile(folder / "last.pt", draft)
+
+
+def new_folder(project: Path, name: str) -> Path:
+    """Make `project`/`name`, or name2, name3, … where it is taken. Call it on one process.
+
+    Raises:
+        InputError: the folder cannot be made.
+    """
+    number = 1
+    while True:
+        folder = project / (name if number == 1 else f"{name}{number}")
+        try:
+            project.mkdir(parents=True, exist_ok=True)
+            folder.mkdir()  # fails where another run has just made it
+            return folder.resolve()
+        except FileExistsError:
+            number += 1
+        except OSError as error:
+            raise InputError(f"The run's folder {folder} cannot be made ({error}). Name another with --project.") from None

@@ -1,0 +1,119 @@
+"""Train a YOLO detector on one process or many.
+
+    python train/detect.py                                                # the built-in shapes, one process
+    accelerate launch train/detect.py --data coco.yaml --model yolov8n.pt
+    accelerate launch --multi_gpu --num_processes 2 train/detect.py --data coco.yaml --batch 64
+    torchrun --nproc_per_node 2 train/detect.py --data coco.yaml --batch 64
+    make train GPUS=2 ARGS="--data coco.yaml --epochs 50"
+
+`--help` lists the options. A run leaves its weights, results.csv, metrics and logs in runs/detect/exp, exp2, …
+"""
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import tyro
+from torch import nn
+
+from train.checkpoint import new_folder, save
+from train.coco import evaluate, ground_truth
+from train.config import InputError, TrainConfig
+from train.data import TrainSet, ValSet, find_data, scan, train_loader, val_loader
+from train.engine import train_one_epoch
+from train.model import (
+    ModelEMA,
+    as_checkpoint,
+    build_model,
+    check_imgsz,
+    end_of_epoch,
+    fetch_weights,
+    inference_copy,
+    largest_stride,
+    use_global_loss,
+)
+from train.optim import Schedule, build_optimizer
+from train.processes import on_main, run, said_once, start_processes, sync_from_main
+from train.report import Report
+
+
+def main(config: TrainConfig) -> None:
+    """Train, from the configuration to the last checkpoint. Every rank runs all of it."""
+    config.check()
+    accelerator, precision = start_processes(config.mixed_precision, config.used_trackers, config.seed)
+    report = Report(accelerator)
+    ranks = accelerator.num_processes
+    if config.batch % ranks:
+        nearest = max(round(config.batch / ranks), 1) * ranks
+        raise InputError(f"--batch is {config.batch}; it must be divisible by the {ranks} processes, as {nearest} is.")
+
+    # Data: each rank reads a share of the labels, then every rank knows all of them.
+    data = on_main(accelerator, lambda: find_data(config.data))
+    train_files, val_files = data.images("train"), data.images("val")
+    report.say(f"reading the labels of {len(train_files)} train and {len(val_files)} val images")
+    train_labels, train_faults = scan(train_files, len(data.names), accelerator)
+    val_labels, val_faults = scan(val_files, len(data.names), accelerator)
+    if not any(len(labels.cls) for labels in train_labels):
+        raise InputError(f"{data.name}: none of the {len(train_files)} train images has a usable label.")
+    truth = ground_truth(val_labels, data.names)
+
+    # Model, its average, and the loss. The average is copied before anything of this run hangs on the model.
+    source = on_main(accelerator, lambda: fetch_weights(config.model))
+    model, origin = build_model(config, source, data.names, data.channels)
+    stride = largest_stride(model)
+    check_imgsz(config.imgsz, stride)
+    model = model.to(accelerator.device, memory_format=config.memory_format)
+    ema = ModelEMA(model)
+    if config.sync_bn and ranks > 1 and accelerator.device.type == "cuda":
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    if not config.local_loss_norm:
+        use_global_loss(model, lambda value: accelerator.reduce(value, "sum"), ranks)
+    detector = model  # without the wrapping that prepare() adds
+
+    train_set = TrainSet(train_labels, data.names, data.channels, config)
+    val_set = ValSet(val_labels, data.names, data.channels, config.imgsz, stride)
+    schedule = Schedule(config, images=len(train_set), classes=len(data.names))
+    optimizer = build_optimizer(model, schedule)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    train_batches, positions = train_loader(train_set, schedule.batches, accelerator)
+    val_batches = val_loader(val_set, config, accelerator)
+
+    # Nothing is written before here, where nothing can be wrong with the input any more.
+    report.open(on_main(accelerator, lambda: new_folder(Path(config.project), config.name)), config)
+    weights = report.folder / "weights"
+    weights.mkdir(exist_ok=True)
+    report.faults(train_faults + val_faults)
+    report.banner(config, precision, origin, data.name, schedule, train_labels, val_labels)
+    report.start_trackers(config)
+
+    best, best_epoch = None, 0
+    for epoch in range(config.epochs):
+        positions.epoch = epoch
+        report.epoch_starts(epoch, config.epochs, len(schedule.step_ends(epoch)))
+        losses = train_one_epoch(epoch, model, ema, optimizer, train_batches, schedule, accelerator, report)
+        end_of_epoch(detector)
+
+        sync_from_main(ema.ema)
+        trained = time.perf_counter()
+        evaluated = inference_copy(ema.ema, accelerator.device, config.memory_format)
+        result = evaluate(evaluated, val_batches, truth, config, accelerator)
+        if best is None or result.fitness > best.fitness:
+            best, best_epoch = result, epoch
+        report.epoch(epoch, losses, optimizer, result, best, best_epoch, ema.updates, time.perf_counter() - trained)
+        checkpoint = as_checkpoint(ema.ema, asdict(config), epoch, result.metrics)
+        on_main(accelerator, lambda: save(checkpoint, weights, best=best_epoch == epoch))
+        if epoch - best_epoch >= config.patience:
+            report.say(f"stopping: no better epoch than {best_epoch + 1} for {config.patience} epochs (--patience)")
+            break
+
+    # best.pt holds the weights that were evaluated in its epoch, so its numbers are known.
+    report.say(f"best.pt, epoch {best_epoch + 1}, on {len(val_labels)} val images:")
+    report.evaluation(best, truth)
+    report.say(f"results in {report.folder}")
+    report.close()
+
+
+if __name__ == "__main__":
+    with said_once():
+        options = tyro.cli(TrainConfig, description=__doc__)
+    run(lambda: main(options))

@@ -1,0 +1,255 @@
+"""Everything a run says: console lines, one log file per rank, results.csv, result files and trackers (W&B).
+
+All ranks call these methods at the same places with the same numbers; the main process alone prints, writes and tracks.
+"""
+
+import csv
+import json
+import logging
+import logging.handlers
+import os
+import platform
+import sys
+import time
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from tqdm import tqdm
+
+from train.checkpoint import whole_file
+from train.coco import METRICS, Evaluation
+from train.config import EvalConfig, TrainConfig
+from train.data import Labels
+from train.optim import Schedule
+
+PACKAGES = ("torch", "torchvision", "accelerate", "ultralytics", "hotcoco", "pycocotools", "wandb", "numpy")
+
+
+class Report:
+    """The voice of one run. Lines that are said before the run has a folder go to its logs once it has one."""
+
+    def __init__(self, accelerator: Accelerator):
+        self.accelerator = accelerator
+        self.folder = Path()
+        self.rows: list[dict[str, Any]] = []  # of results.csv
+        self.images = 0  # trained on, over all ranks
+        self.bar: tqdm | None = None
+        self.logger = logging.getLogger("train")
+        self.early = logging.handlers.MemoryHandler(capacity=10_000, flushLevel=logging.CRITICAL + 1)
+        self.handlers: list[logging.Handler] = [self.early]
+        logging.getLogger().addHandler(self.early)
+        self.logger.setLevel(logging.INFO)
+        logging.captureWarnings(True)  # Python's warnings go to the logs of the ranks that gave them
+        library = logging.getLogger("ultralytics")
+        library.handlers = [self.early]  # its own handler prints colour codes
+        library.setLevel(logging.INFO)
+
+    def say(self, line: str) -> None:
+        """A line on the console, from the main process, and in the log of every rank."""
+        self.logger.info(line)
+        if self.bar is None:
+            self.accelerator.print(line, flush=True)
+        else:
+            self.bar.write(line)
+
+    def open(self, folder: Path, config: EvalConfig) -> None:
+        """Start the rank's log and write config.json, now that all ranks know the run's folder."""
+        self.folder = folder
+        (folder / "logs").mkdir(exist_ok=True)
+        log = logging.FileHandler(folder / "logs" / f"rank{self.accelerator.process_index}.log")
+        log.setFormatter(
+            logging.Formatter(f"%(asctime)s rank{self.accelerator.process_index} %(levelname)s %(message)s")
+        )
+        self.early.setTarget(log)
+        self.early.flush()
+        for logger in (logging.getLogger(), logging.getLogger("ultralytics")):
+            logger.addHandler(log)
+            logger.removeHandler(self.early)
+        self.handlers = [log]
+        if self.accelerator.is_main_process:
+            versions = {package: version(package) for package in PACKAGES} | {"python": platform.python_version()}
+            self._write("config.json", json.dumps(asdict(config) | {"versions": versions}, indent=2))
+
+    def _write(self, name: str, text: str) -> None:
+        with whole_file(self.folder / name) as draft:
+            draft.write_text(text, encoding="utf-8")
+
+    def faults(self, faults: list[str]) -> None:
+        """Say how many images are left out, and list them with the reasons in the run's folder."""
+        if faults:
+            if self.accelerator.is_main_process:
+                self._write("faults.txt", "\n".join(faults) + "\n")
+            self.say(f"warning: {len(faults)} images are left out; {self.folder / 'faults.txt'} says why. First: {faults[0]}")
+
+    # Training ---------------------------------------------------------------------------------------------------------
+    def banner(
+        self,
+        config: TrainConfig,
+        precision: str,
+        origin: str,
+        data: str,
+        schedule: Schedule,
+        train: list[Labels],
+        val: list[Labels],
+    ) -> None:
+        """What is about to happen: processes, precision, model, data, the arithmetic of the batch."""
+        accelerator = self.accelerator
+        ranks, device = accelerator.num_processes, accelerator.device.type
+        name = torch.cuda.get_device_name() if device == "cuda" else device
+        accumulated = schedule.full_accumulation
+        threads = f", {torch.get_num_threads()} threads each" if device == "cpu" else ""
+        optimizer = f"{schedule.optimizer}, lr {schedule.lr0:g}, weight decay {schedule.weight_decay:.3g}"
+        self.say(f"processes  {ranks} on {name}{threads}" + (f", {accelerator.state.backend}" if ranks > 1 else ""))
+        order = ", channels-last" if config.channels_last else ""
+        self.say(f"precision  {accelerator.mixed_precision.replace('no', 'fp32')} ({precision}){order}")
+        self.say(f"model      {origin}")
+        self.say(f"data       {data}: {_counts(train)} to train on, {_counts(val)} to validate on")
+        self.say(
+            f"batch      {config.batch} images over {ranks} processes x {accumulated} accumulated = "
+            f"{config.batch * accumulated} a step; {schedule.batches} batches an epoch, {config.epochs} epochs"
+        )
+        self.say(f"optimizer  {optimizer}" + (" (picked: --optimizer auto)" if config.optimizer == "auto" else ""))
+        if config.sync_bn and (ranks == 1 or device != "cuda"):
+            self.say("warning: --sync-bn is ignored; it needs several CUDA processes")
+        self.say(f"run        {self.folder}")
+
+    def epoch_starts(self, epoch: int, epochs: int, steps: int) -> None:
+        """Start the epoch's clock and, on a terminal, its progress bar."""
+        self.started = self.last_line = time.perf_counter()
+        self.where, self.steps, self.images = f"epoch {epoch + 1}/{epochs}", steps, 0
+        if self.accelerator.is_main_process and sys.stdout.isatty():
+            self.bar = tqdm(total=steps, desc=self.where, unit="step", leave=False, dynamic_ncols=True, file=sys.stdout)
+
+    def step_done(self) -> None:
+        """Move the bar, where there is one."""
+        if self.bar is not None:
+            self.bar.update()
+
+    def losses(self, step: int, losses: dict[str, float], lr: float, images: int, global_step: int) -> None:
+        """A line of losses within the epoch: means over all ranks and over the images since the last line."""
+        now = time.perf_counter()
+        rate = images / (now - self.last_line)
+        self.last_line = now
+        self.images += images
+        if step < self.steps:  # the epoch's own line follows its last step
+            line = f"{self.where}  step {step}/{self.steps}  {_numbers(losses)}  lr {lr:.3g}  {rate:.0f} images/s"
+            self.say(line + self._memory())
+            tracked = {f"train/{name}": value for name, value in losses.items()}
+            self.accelerator.log({**tracked, "lr": lr, "images_per_s": rate}, step=global_step)
+
+    def _memory(self) -> str:
+        if self.accelerator.device.type != "cuda":
+            return ""
+        return f"  {torch.cuda.max_memory_reserved() / 1e9:.1f} GB"
+
+    def epoch(
+        self,
+        epoch: int,
+        losses: dict[str, float],
+        optimizer: torch.optim.Optimizer,
+        result: Evaluation,
+        best: Evaluation,
+        best_epoch: int,
+        step: int,
+        validation_seconds: float,
+    ) -> None:
+        """The epoch's line of losses and line of metrics, its row in results.csv, its point in the trackers."""
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+        seconds = time.perf_counter() - self.started
+        training = seconds - validation_seconds
+        row = {"epoch": epoch + 1, "global_step": step, "seconds": round(seconds, 3)}
+        row["images_per_s"] = round(self.images / training, 2)
+        row |= {f"train/{name}": value for name, value in losses.items()}
+        row |= {f"val/{name}": result.metrics[name] for name in METRICS}
+        row |= {f"lr/pg{i}": group["lr"] for i, group in enumerate(optimizer.param_groups)}
+        self.rows.append(row)
+        self.say(f"{self.where}  train  {_numbers(losses)}  {self.images} images in {training:.1f} s")
+        shown = _numbers({name: result.metrics[name] for name in METRICS[:6]})
+        self.say(
+            f"{self.where}  val    {shown}  {result.images} images in {validation_seconds:.1f} s"
+            f"  (best AP {best.metrics['AP']:.4g} in epoch {best_epoch + 1})"
+        )
+        if self.accelerator.is_main_process:
+            self._write_csv()
+        self.accelerator.log(row, step=step)
+
+    def _write_csv(self) -> None:
+        with whole_file(self.folder / "results.csv") as draft, open(draft, "w", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=list(self.rows[0]))
+            writer.writeheader()
+            writer.writerows(self.rows)
+
+    # Evaluation -------------------------------------------------------------------------------------------------------
+    def evaluation(self, evaluation: Evaluation, truth: dict[str, Any]) -> None:
+        """COCO's table on the console; metrics.json, predictions.json and ground_truth.json, unrounded, in the folder."""
+        for line in _table(evaluation):
+            self.say(line)
+        if not self.accelerator.is_main_process:
+            return
+        rows = [
+            {"image_id": int(row[0]), "category_id": int(row[6]), "bbox": row[1:5], "score": row[5]}
+            for row in evaluation.detections.tolist()
+        ]
+        metrics = {**evaluation.metrics, "per_class": evaluation.per_class, "images": evaluation.images}
+        self._write("predictions.json", json.dumps(rows))
+        self._write("ground_truth.json", json.dumps(truth))
+        self._write("metrics.json", json.dumps(metrics, indent=2))
+
+    # Trackers ---------------------------------------------------------------------------------------------------------
+    def start_trackers(self, config: TrainConfig) -> None:
+        """Start the trackers on the main process. One that fails is a warning; it never ends the training."""
+        self.accelerator.project_configuration.set_directories(str(self.folder))
+        values = {k: v if isinstance(v, int | float | str) else str(v) for k, v in asdict(config).items()}
+        options = {"wandb": _wandb_options(self.folder)} if "wandb" in config.trackers else {}
+        try:
+            self.accelerator.init_trackers("yolo-accelerate", config=values, init_kwargs=options)
+        except Exception as error:
+            self.accelerator.trackers = []
+            self.say(f"warning: the trackers did not start and stay off: {error}")
+
+    def close(self) -> None:
+        """Finish the trackers and the logs."""
+        self.accelerator.end_training()
+        for handler in self.handlers:
+            logging.getLogger().removeHandler(handler)
+            handler.close()
+
+
+def _wandb_options(folder: Path) -> dict[str, Any]:
+    """Options of wandb.init: offline where there is no key, without asking; WANDB_MODE is honoured."""
+    import wandb  # half a second, so only where it is used
+
+    options: dict[str, Any] = {"dir": str(folder), "name": folder.name, "settings": wandb.Settings(silent=True)}
+    if "WANDB_MODE" not in os.environ and not wandb.login(prompt=False):
+        options["mode"] = "offline"
+    return options
+
+
+def _counts(labels: list[Labels]) -> str:
+    return f"{len(labels)} images with {sum(len(entry.cls) for entry in labels)} boxes"
+
+
+def _numbers(values: dict[str, float]) -> str:
+    return "  ".join(f"{name.removesuffix('_loss')} {value:.4g}" for name, value in values.items())
+
+
+def _table(evaluation: Evaluation) -> list[str]:
+    """The twelve numbers and the classes as console lines."""
+    m = evaluation.metrics
+    lines = []
+    for names, label in ((METRICS[:6], f"all, {evaluation.images} images"), (METRICS[6:], "")):
+        lines.append(" " * 20 + "".join(f"{name:>8}" for name in names))
+        lines.append(f"{label:20}" + "".join(f"{m[name]:8.3f}" for name in names))
+    lines.append(f"{'class':20}{'AP':>8}{'AP50':>8}")
+    for name, values in evaluation.per_class.items():
+        if values["AP"] >= 0:
+            lines.append(f"{name[:19]:20}{values['AP']:8.3f}{values['AP50']:8.3f}")
+    if m["AP"] < 0:
+        lines.append("AP is -1: these images have no labelled object.")
+    return lines
