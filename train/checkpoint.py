@@ -37,20 +37,22 @@ def save(checkpoint: dict[str, Any], folder: Path, best: bool) -> None:
                 shutil.copyfile(folder / "last.pt", draft)
 
 
-def new_folder(project: Path, name: str) -> Path:
-    """Make `project`/`name`, or name2, name3, … where it is taken. Call it on one process.
+def new_folder(project: Path, name: str, exactly: str = "") -> Path:
+    """Make `project`/`name`, or name2, name3, … where it is taken; or `exactly` that folder. Call it on one process.
 
     Raises:
         InputError: the folder cannot be made.
     """
     number = 1
     while True:
-        folder = project / (name if number == 1 else f"{name}{number}")
+        folder = Path(exactly) if exactly else project / (name if number == 1 else f"{name}{number}")
         try:
-            project.mkdir(parents=True, exist_ok=True)
-            folder.mkdir()  # fails where another run has just made it
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(exist_ok=bool(exactly))  # fails where another run has just made it
             return folder.resolve()
         except FileExistsError:
+            if exactly:
+                raise InputError(f"--save-dir {folder} is a file, not a folder.") from None
             number += 1
         except OSError as error:
-            raise InputError(f"The run's folder {folder} cannot be made ({error}). Name another with --project.") from None
+            raise InputError(f"The folder {folder} cannot be made: {error}. Name another, or free this one.") from None

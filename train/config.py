@@ -1,7 +1,7 @@
 """The options of both scripts: typed, documented, named as Ultralytics names them, checked in one place."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -184,7 +184,18 @@ class ValConfig(EvalConfig):
 
     weights: str
     """The checkpoint to evaluate: best.pt or last.pt of a run, or any Ultralytics detection model."""
+    data: str = ""
+    """The data set, as in training; unset takes the one that the checkpoint was trained on."""
+    imgsz: int = 0
+    """Image size in pixels; unset takes the one that the checkpoint was trained at."""
     split: Literal["train", "val", "test"] = "val"
     """Split of the data set to evaluate on."""
     save_dir: str = ""
-    """Folder for metrics.json, predictions.json and ground_truth.json; by default runs/detect/val, val2, …"""
+    """Folder for metrics.json, predictions.json and ground_truth.json; unset makes runs/detect/val, val2, …"""
+
+    def with_defaults(self, trained: dict[str, Any]) -> "ValConfig":
+        """This configuration with what is unset taken from the checkpoint's training arguments."""
+        data, imgsz = self.data or trained.get("data") or "", self.imgsz or trained.get("imgsz") or 640
+        if not data:
+            raise InputError(f"{self.weights} does not say what it was trained on; name the data set with --data.")
+        return replace(self, data=str(data), imgsz=int(imgsz))

@@ -85,6 +85,17 @@ class Report:
                 self._write("faults.txt", "\n".join(faults) + "\n")
             self.say(f"warning: {len(faults)} images are left out; {self.folder / 'faults.txt'} says why. First: {faults[0]}")
 
+    def processes(self, config: EvalConfig, precision: str) -> None:
+        """How many processes on which device, and what they compute in."""
+        accelerator = self.accelerator
+        ranks, device = accelerator.num_processes, accelerator.device.type
+        name = torch.cuda.get_device_name() if device == "cuda" else device
+        threads = f", {torch.get_num_threads()} threads each" if device == "cpu" else ""
+        backend = f", {accelerator.state.backend}" if ranks > 1 else ""
+        order = ", channels-last" if config.channels_last else ""
+        self.say(f"processes  {_processes(ranks)} on {name}{threads}{backend}")
+        self.say(f"precision  {accelerator.mixed_precision.replace('no', 'fp32')} ({precision}){order}")
+
     # Training ---------------------------------------------------------------------------------------------------------
     def banner(
         self,
@@ -97,23 +108,17 @@ class Report:
         val: list[Labels],
     ) -> None:
         """What is about to happen: processes, precision, model, data, the arithmetic of the batch."""
-        accelerator = self.accelerator
-        ranks, device = accelerator.num_processes, accelerator.device.type
-        name = torch.cuda.get_device_name() if device == "cuda" else device
-        accumulated = schedule.full_accumulation
-        threads = f", {torch.get_num_threads()} threads each" if device == "cpu" else ""
-        optimizer = f"{schedule.optimizer}, lr {schedule.lr0:g}, weight decay {schedule.weight_decay:.3g}"
-        self.say(f"processes  {ranks} on {name}{threads}" + (f", {accelerator.state.backend}" if ranks > 1 else ""))
-        order = ", channels-last" if config.channels_last else ""
-        self.say(f"precision  {accelerator.mixed_precision.replace('no', 'fp32')} ({precision}){order}")
+        self.processes(config, precision)
         self.say(f"model      {origin}")
         self.say(f"data       {data}: {_counts(train)} to train on, {_counts(val)} to validate on")
+        ranks, accumulated = self.accelerator.num_processes, schedule.full_accumulation
         self.say(
-            f"batch      {config.batch} images over {ranks} processes x {accumulated} accumulated = "
+            f"batch      {config.batch} images over {_processes(ranks)} x {accumulated} accumulated = "
             f"{config.batch * accumulated} a step; {schedule.batches} batches an epoch, {config.epochs} epochs"
         )
+        optimizer = f"{schedule.optimizer}, lr {schedule.lr0:g}, weight decay {schedule.weight_decay:.3g}"
         self.say(f"optimizer  {optimizer}" + (" (picked: --optimizer auto)" if config.optimizer == "auto" else ""))
-        if config.sync_bn and (ranks == 1 or device != "cuda"):
+        if config.sync_bn and (ranks == 1 or self.accelerator.device.type != "cuda"):
             self.say("warning: --sync-bn is ignored; it needs several CUDA processes")
         self.say(f"run        {self.folder}")
 
@@ -229,6 +234,10 @@ def _wandb_options(folder: Path) -> dict[str, Any]:
     if "WANDB_MODE" not in os.environ and not wandb.login(prompt=False):
         options["mode"] = "offline"
     return options
+
+
+def _processes(ranks: int) -> str:
+    return "1 process" if ranks == 1 else f"{ranks} processes"
 
 
 def _counts(labels: list[Labels]) -> str:

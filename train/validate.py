@@ -1,0 +1,60 @@
+"""Evaluate a YOLO checkpoint with COCO's metric on one process or many.
+
+    python train/validate.py --weights runs/detect/exp/weights/best.pt --data coco.yaml
+    accelerate launch --multi_gpu --num_processes 2 train/validate.py --weights yolov8n.pt --data coco.yaml
+    make validate GPUS=2 ARGS="--weights yolov8n.pt --data coco.yaml"
+
+Prints COCO's twelve numbers and AP by class, the same for any number of processes, and writes metrics.json,
+predictions.json and ground_truth.json into --save-dir.
+"""
+
+import time
+from pathlib import Path
+
+import tyro
+
+from train.checkpoint import new_folder
+from train.coco import evaluate, ground_truth
+from train.config import InputError, ValConfig
+from train.data import ValSet, find_data, scan, val_loader
+from train.model import check_imgsz, fetch_weights, inference_copy, largest_stride, load_detector
+from train.processes import on_main, run, said_once, start_processes
+from train.report import Report
+
+
+def main(config: ValConfig) -> None:
+    """Evaluate, from the checkpoint to the table. Every rank runs all of it."""
+    accelerator, precision = start_processes(config.mixed_precision, [])
+    report = Report(accelerator)
+    model, checkpoint = load_detector(on_main(accelerator, lambda: fetch_weights(config.weights)))
+    config = config.with_defaults(checkpoint.get("train_args") or {})
+    config.check()
+    stride = largest_stride(model)
+    check_imgsz(config.imgsz, stride)
+
+    data = on_main(accelerator, lambda: find_data(config.data))
+    if len(model.names) != len(data.names):
+        raise InputError(f"{config.weights} knows {len(model.names)} classes, {data.name} names {len(data.names)}.")
+    files = data.images(config.split)
+    report.say(f"reading the labels of {len(files)} {config.split} images")
+    labels, faults = scan(files, len(data.names), accelerator)
+    truth = ground_truth(labels, data.names)
+    loader = val_loader(ValSet(labels, data.names, data.channels, config.imgsz, stride), config, accelerator)
+
+    report.open(on_main(accelerator, lambda: new_folder(Path("runs/detect"), "val", config.save_dir)), config)
+    report.faults(faults)
+    report.processes(config, precision)
+    started = time.perf_counter()
+    result = evaluate(
+        inference_copy(model, accelerator.device, config.memory_format), loader, truth, config, accelerator
+    )
+    report.say(f"evaluated {result.images} images in {time.perf_counter() - started:.1f} s")
+    report.evaluation(result, truth)
+    report.say(f"results in {report.folder}")
+    report.close()
+
+
+if __name__ == "__main__":
+    with said_once():
+        options = tyro.cli(ValConfig, description=__doc__)
+    run(lambda: main(options))
