@@ -1,12 +1,11 @@
 """The only place where Accelerate is configured: launcher, device, backend, precision, timeouts, seeds.
 
-`python -m train.processes --gpus N | --cpus N` prints the launch command that the Makefile runs.
+`python -m train.processes --gpus 2 -- train/detect.py …` starts a script on so many processes; `make train` uses it.
 """
 
 import argparse
 import contextlib
 import os
-import shlex
 import sys
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -230,9 +229,16 @@ def _number(text: str) -> int | None:
     return int(text) if text else None
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--gpus", type=_number, help="processes, one a GPU; empty for all GPUs there are")
+def main() -> None:
+    """Replace this process by the launch of a script, so that signals reach what was launched."""
+    parser = argparse.ArgumentParser(prog="python -m train.processes", description=__doc__)
+    parser.add_argument("--gpus", type=_number, help="processes, one on each GPU; empty for all GPUs there are")
     parser.add_argument("--cpus", type=_number, help="processes on the CPU")
+    parser.add_argument("script", nargs=argparse.REMAINDER, help="-- the script and its options")
     options = parser.parse_args()
-    run(lambda: print(shlex.join(launch_command(options.gpus, options.cpus))))
+    command = launch_command(options.gpus, options.cpus) + options.script[1:]
+    os.execvp(command[0], command)
+
+
+if __name__ == "__main__":
+    run(main)

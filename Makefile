@@ -1,0 +1,49 @@
+# make help lists the targets. Everything is installed into .venv by the first target that needs it.
+PYTHON ?= python3
+GPUS ?=
+CPUS ?=
+PRECISION ?= auto
+ARGS ?=
+
+PY := .venv/bin/python
+# Runs a script on GPUS or CPUS processes: through accelerate launch, or as one plain process that gets the signals.
+LAUNCH = @exec $(PY) -m train.processes --gpus "$(GPUS)" --cpus "$(CPUS)" --
+# The recipe of a first run: a few minutes on two CPU cores. It applies only where ARGS names no data set.
+QUICK := --imgsz 160 --epochs 16 --batch 16 --nbs 16 --close-mosaic 4 --channels-last
+LAST_WEIGHTS = $$(ls -t runs/detect/*/weights/best.pt 2>/dev/null | head -n 1)
+
+.PHONY: help train validate test check clean
+.DEFAULT_GOAL := help
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
+	@echo
+	@echo "GPUS=2 or CPUS=2 sets the processes (all GPUs, else one process), PRECISION=bf16|fp16|no the precision,"
+	@echo 'ARGS="--data coco.yaml --epochs 50" the options; $(PY) train/detect.py --help lists them.'
+
+train: .venv/installed  ## train, by default on the built-in shapes: make train GPUS=2 ARGS="--data coco.yaml"
+	$(LAUNCH) train/detect.py --mixed-precision $(PRECISION) $(if $(findstring --data,$(ARGS)),,$(QUICK)) $(ARGS)
+
+validate: .venv/installed  ## evaluate, by default the newest best.pt: make validate ARGS="--weights x.pt --data coco.yaml"
+	$(LAUNCH) train/validate.py --mixed-precision $(PRECISION) \
+		$(if $(findstring --weights,$(ARGS)),,--weights "$(LAST_WEIGHTS)") $(ARGS)
+
+test: .venv/installed-dev  ## run the tests
+	@exec $(PY) -m pytest $(ARGS)
+
+check: .venv/installed-dev  ## format and lint (ruff), types (mypy)
+	@$(PY) -m ruff format --check . && $(PY) -m ruff check . && $(PY) -m mypy
+
+clean:  ## remove .venv and caches; keeps datasets/ and runs/
+	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed, but $(PYTHON) is " + sys.version.split()[0] + "; type PYTHON=python3.12, say.")'
+	@test -x $(PY) || $(PYTHON) -m venv .venv
+	@$(PY) -m pip install -e .
+	@touch $@
+
+.venv/installed-dev: .venv/installed
+	@$(PY) -m pip install -e '.[dev]'
+	@touch $@
