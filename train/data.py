@@ -209,6 +209,8 @@ def _read_image(im_file: str, label_file: str, image_id: int, classes: int) -> L
         return f"{label_file}: not UTF-8 text"
     except ValueError as error:
         return f"{label_file}: {error}"
+    except ImportError:  # Ultralytics' Image.open looks for a HEIC plugin where it knows no format
+        return f"{im_file}: not an image of a known format"
     except (OSError, SyntaxError) as error:  # PIL raises SyntaxError for a broken PNG
         return f"{im_file}: not a readable image ({error})"
 

@@ -13,8 +13,6 @@ from ultralytics import __version__ as ultralytics_version
 from ultralytics.cfg import get_cfg
 from ultralytics.nn.modules.head import Detect
 from ultralytics.nn.tasks import DetectionModel, load_checkpoint, yaml_model_load
-from ultralytics.utils import ROOT
-from ultralytics.utils.checks import check_yaml
 from ultralytics.utils.downloads import GITHUB_ASSETS_NAMES, GITHUB_ASSETS_REPO, attempt_download_asset
 from ultralytics.utils.loss import E2ELoss, v8DetectionLoss
 from ultralytics.utils.nms import non_max_suppression
@@ -46,20 +44,13 @@ def fetch_weights(model: str) -> str:
             ) from None
     if path.suffix in (".yaml", ".yml"):
         try:
-            return check_yaml(model, hard=True)
+            yaml_model_load(model)  # knows that yolov8n.yaml is yolov8.yaml at scale n
+            return model
         except FileNotFoundError:
-            # the scale is part of the name: yolov8n.yaml is read from yolov8.yaml
-            if list((ROOT / "cfg" / "models").rglob(_without_scale(path.name))):
-                return model
             raise InputError(
                 f"There is no model {model}, neither a file nor one of Ultralytics' own (yolov8n.yaml, yolo11s.yaml, …)."
             ) from None
     raise InputError(f"--model is {model!r}; it must be an Ultralytics model .yaml or a .pt checkpoint.")
-
-
-def _without_scale(name: str) -> str:
-    stem, suffix = name.rsplit(".", 1)
-    return f"{stem[:-1]}.{suffix}" if stem[-1:] in "nslmx" else name
 
 
 def _first_line(error: BaseException) -> str:
@@ -73,7 +64,7 @@ def load_detector(weights: str) -> tuple[DetectionModel, dict[str, Any]]:
     """
     try:
         model, checkpoint = load_checkpoint(weights)
-    except (TypeError, ModuleNotFoundError, RuntimeError, EOFError, OSError) as error:
+    except Exception as error:  # a broken pickle fails in as many ways as there are bytes
         raise InputError(f"{weights} is not a checkpoint that can be loaded: {_first_line(error)}") from None
     if not isinstance(model, DetectionModel) or not isinstance(model.model[-1], Detect):
         task = getattr(model, "task", None) or type(model).__name__

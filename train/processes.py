@@ -58,13 +58,14 @@ def check_devices(wanted: int, device: str) -> None:
     seen = torch.accelerator.device_count()
     if wanted > seen:
         raise InputError(
-            f"{wanted} GPU processes were asked for, but PyTorch sees {_count(seen, device.upper() + ' device')} "
+            f"{wanted} GPU processes were asked for, but PyTorch sees {seen} {device.upper()} device{'s'[: seen != 1]} "
             f"({_visible()}). Type GPUS={seen}, or CPUS={wanted} for processes on the CPU."
         )
 
 
-def _count(number: int, thing: str) -> str:
-    return f"{number} {thing}" + ("" if number == 1 else "s")
+def processes(number: int) -> str:
+    """`1 process`, `2 processes`."""
+    return "1 process" if number == 1 else f"{number} processes"
 
 
 def _visible() -> str:
@@ -131,7 +132,7 @@ def start_processes(wanted_precision: Precision | None, trackers: list[str], see
     world = _launched("WORLD_SIZE", 1)
     if accelerator.num_processes != world:
         raise InputError(
-            f"The launcher started {_count(world, 'process')}, but Accelerate counts {accelerator.num_processes}. "
+            f"The launcher started {processes(world)}, but Accelerate counts {accelerator.num_processes}. "
             "Start the script with `accelerate launch` or `torchrun`, and on Apple's MPS as one process."
         )
     precisions = gather_object([precision])  # collective
@@ -186,12 +187,16 @@ def run(main: Callable[[], None]) -> None:
 
     Exit code 2 stands for bad input, 1 for a loss that is no longer a number.
     """
+    code = 0
     try:
         main()
-    except (InputError, FloatingPointError) as error:
+    except (InputError, FloatingPointError) as error:  # on all ranks alike
         with said_once():
             print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2 if isinstance(error, InputError) else 1)
+        code = 2 if isinstance(error, InputError) else 1
+    if torch.distributed.is_initialized():  # left open, its threads may abort the process at exit
+        torch.distributed.destroy_process_group()
+    sys.exit(code)
 
 
 def launch_command(gpus: int | None, cpus: int | None) -> list[str]:

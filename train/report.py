@@ -25,6 +25,7 @@ from train.coco import METRICS, Evaluation
 from train.config import EvalConfig, TrainConfig
 from train.data import Labels
 from train.optim import Schedule
+from train.processes import processes
 
 PACKAGES = ("torch", "torchvision", "accelerate", "ultralytics", "hotcoco", "pycocotools", "wandb", "numpy")
 
@@ -93,7 +94,7 @@ class Report:
         threads = f", {torch.get_num_threads()} threads each" if device == "cpu" else ""
         backend = f", {accelerator.state.backend}" if ranks > 1 else ""
         order = ", channels-last" if config.channels_last else ""
-        self.say(f"processes  {_processes(ranks)} on {name}{threads}{backend}")
+        self.say(f"processes  {processes(ranks)} on {name}{threads}{backend}")
         self.say(f"precision  {accelerator.mixed_precision.replace('no', 'fp32')} ({precision}){order}")
 
     # Training ---------------------------------------------------------------------------------------------------------
@@ -113,7 +114,7 @@ class Report:
         self.say(f"data       {data}: {_counts(train)} to train on, {_counts(val)} to validate on")
         ranks, accumulated = self.accelerator.num_processes, schedule.full_accumulation
         self.say(
-            f"batch      {config.batch} images over {_processes(ranks)} x {accumulated} accumulated = "
+            f"batch      {config.batch} images over {processes(ranks)} x {accumulated} accumulated = "
             f"{config.batch * accumulated} a step; {schedule.batches} batches an epoch, {config.epochs} epochs"
         )
         optimizer = f"{schedule.optimizer}, lr {schedule.lr0:g}, weight decay {schedule.weight_decay:.3g}"
@@ -234,10 +235,6 @@ def _wandb_options(folder: Path) -> dict[str, Any]:
     if "WANDB_MODE" not in os.environ and not wandb.login(prompt=False):
         options["mode"] = "offline"
     return options
-
-
-def _processes(ranks: int) -> str:
-    return "1 process" if ranks == 1 else f"{ranks} processes"
 
 
 def _counts(labels: list[Labels]) -> str:

@@ -1,0 +1,48 @@
+"""What the tests share: small data sets that they draw themselves, and real processes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from train.shapes import draw_shapes
+
+ROOT = Path(__file__).resolve().parent.parent
+DETECT = ROOT / "train" / "detect.py"
+VALIDATE = ROOT / "train" / "validate.py"
+
+
+def launch(ranks: int, script: Path, *options: object, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
+    """Run a script on so many CPU processes of one thread each, as the README's commands do."""
+    command = [sys.executable]
+    if ranks > 1:
+        config = ROOT / "accelerate_configs" / "multi_cpu.yaml"
+        command += ["-m", "accelerate.commands.launch", "--config_file", str(config), "--num_processes", str(ranks)]
+    command += [str(script), *map(str, options)]
+    base = {key: value for key, value in os.environ.items() if not key.startswith(("WANDB_", "YOLO_", "ACCELERATE_"))}
+    base |= {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "WANDB_MODE": "offline", **environment}
+    return subprocess.run(command, cwd=cwd, env=base, capture_output=True, text=True, timeout=400)
+
+
+def succeed(*args: object, **kwargs: object) -> str:
+    """`launch`, which must end well; its standard output."""
+    done = launch(*args, **kwargs)  # type: ignore[arg-type]
+    assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    return done.stdout
+
+
+@pytest.fixture(scope="session")
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The data YAML of a small shapes data set: 40 images to train on, 21 to validate on."""
+    return draw_shapes(tmp_path_factory.mktemp("small"), {"train": 40, "val": 21})
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder whose best.pt has learnt something: the built-in shapes at 128 px, one process."""
+    folder = tmp_path_factory.mktemp("trained")
+    recipe = "--imgsz 128 --epochs 12 --batch 16 --nbs 16 --close-mosaic 4 --trackers none --channels-last".split()
+    succeed(1, DETECT, *recipe, "--mixed-precision", "auto", cwd=folder, OMP_NUM_THREADS="2")
+    return folder / "runs" / "detect" / "exp"

@@ -1,0 +1,165 @@
+from pathlib import Path
+
+import pytest
+import torch
+from ultralytics.cfg import get_cfg
+from ultralytics.nn.tasks import DetectionModel
+from ultralytics.utils.nms import non_max_suppression
+
+from train import model as model_file
+from train.config import InputError, TrainConfig
+from train.model import as_checkpoint, build_model, check_imgsz, detect, fetch_weights, inference_copy, load_detector
+
+CPU = torch.device("cpu")
+NAMES = {0: "circle", 1: "square", 2: "triangle"}
+
+
+def build(model: str, names: dict[int, str] = NAMES) -> DetectionModel:
+    torch.manual_seed(0)
+    return build_model(TrainConfig(model=model), fetch_weights(model), names, 3)[0]
+
+
+@pytest.mark.parametrize("name", ["yolov8n.yaml", "yolo26n.yaml", "yolov10n.yaml", "yolov5n.yaml", "yolo11n.yaml"])
+@pytest.mark.parametrize("end2end", [False, True])
+def test_detections_are_those_of_ultralytics_own_forward(name: str, end2end: bool):
+    model = build(name).eval()
+    for module in model.modules():  # statistics other than 0 and 1, so that fusing has something to do
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 1.5)
+    head = model.model[-1]
+    if end2end:
+        if getattr(head, "one2one_cv2", None) is None:
+            pytest.skip("has no one-to-one head")
+        head.end2end = True
+    head.bias_init()
+    for branch in (head.cv2, getattr(head, "one2one_cv2", None) or []):
+        for layers in branch:
+            layers[-1].weight.data.normal_(0, 0.3)  # boxes that differ
+    images = torch.rand(2, 3, 64, 96)
+    copy = inference_copy(model, CPU, torch.contiguous_format)
+    with torch.inference_mode():
+        mine = detect(copy(images), copy, conf=0.001, iou=0.7, max_det=50)
+        fused = inference_copy(model, CPU, torch.contiguous_format)
+        fused.model[-1].training = False
+        fused.model[-1].max_det = 50
+        theirs = non_max_suppression(fused(images), 0.001, 0.7, multi_label=True, max_det=50, end2end=head.end2end)
+    assert sum(map(len, theirs)) > 10
+    assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+    assert model.model[-1] is head  # the model itself is not fused
+    assert any(isinstance(module, torch.nn.BatchNorm2d) for module in model.modules())
+
+
+def test_boxes_are_decoded_in_fp32_after_a_bf16_forward():
+    model = build("yolov8n.yaml")
+    copy = inference_copy(model, CPU, torch.contiguous_format)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        raw = copy(torch.rand(1, 3, 320, 320))
+    assert raw["boxes"].dtype == torch.bfloat16
+    raw["boxes"] = torch.randn_like(raw["boxes"])
+    with torch.inference_mode():
+        boxes = detect(raw, copy, conf=0.0, iou=0.99, max_det=300)[0][:, :4]
+    assert boxes.dtype == torch.float32
+    assert not torch.equal(boxes, boxes.bfloat16().float())
+
+
+def test_head_rows_follow_the_class_names(tmp_path: Path):
+    source = build("yolov8n.yaml")
+    torch.save(as_checkpoint(source, {}, 0, {}), tmp_path / "source.pt")
+    names = {0: "triangle", 1: "hexagon", 2: "circle"}
+    model, origin = build_model(TrainConfig(model="source.pt"), str(tmp_path / "source.pt"), names, 3)
+    mine, theirs = model.model[-1].cv3[0][-1], source.model[-1].cv3[0][-1]
+    assert torch.equal(mine.weight[0], theirs.weight[2])
+    assert torch.equal(mine.weight[2], theirs.weight[0])
+    total = len(model.state_dict())
+    assert origin == f"{total} of {total} tensors from source.pt"
+    other, origin = build_model(TrainConfig(model="source.pt"), str(tmp_path / "source.pt"), {0: "hexagon"}, 3)
+    heads = 2 * len(other.model[-1].cv3)  # weight and bias of the class convolutions, of another size
+    assert origin == f"{total - heads} of {total} tensors from source.pt"
+
+
+def test_checkpoints_come_back_in_fp32_bit_for_bit(tmp_path: Path):
+    model = build("yolov8n.yaml").to(memory_format=torch.channels_last)
+    torch.save(as_checkpoint(model, {"imgsz": 96, "data": "x.yaml"}, 4, {"AP": 0.5}), tmp_path / "best.pt")
+    loaded, checkpoint = load_detector(str(tmp_path / "best.pt"))
+    assert checkpoint["epoch"] == 4
+    assert checkpoint["train_args"]["imgsz"] == 96
+    for key, value in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], value)
+        assert loaded.state_dict()[key].is_contiguous()
+
+
+class Evil:
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self.path,))
+
+
+def test_a_checkpoint_cannot_run_code(tmp_path: Path):
+    torch.save({"model": Evil(tmp_path / "ran")}, tmp_path / "evil.pt")
+    with pytest.raises(InputError, match="not a checkpoint that can be loaded"):
+        load_detector(str(tmp_path / "evil.pt"))
+    assert not (tmp_path / "ran").exists()
+    (tmp_path / "text.pt").write_text("hello")
+    with pytest.raises(InputError, match="not a checkpoint that can be loaded"):
+        load_detector(str(tmp_path / "text.pt"))
+
+
+def test_models_that_are_not_there(tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="no checkpoint .*mine.pt"):
+        fetch_weights("mine.pt")
+    with pytest.raises(InputError, match=r"no model yolov99n\.yaml"):
+        fetch_weights("yolov99n.yaml")
+    with pytest.raises(InputError, match="must be an Ultralytics model"):
+        fetch_weights("resnet50")
+
+
+def test_official_weights_are_fetched_by_ultralytics_and_their_absence_is_one_error(tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    asked = []
+
+    def no_network(name: str) -> str:
+        asked.append(name)
+        raise ConnectionError("no network\nand more")
+
+    monkeypatch.setattr(model_file, "attempt_download_asset", no_network)
+    with pytest.raises(InputError) as error:
+        fetch_weights("yolov8n.pt")
+    assert asked == ["yolov8n.pt"]
+    message = str(error.value)
+    assert f"is not in {tmp_path} and could not be downloaded (no network)" in message
+    assert "https://github.com/ultralytics/assets/releases" in message
+    assert "yolov8n.yaml" in message
+
+
+def test_other_tasks_are_refused():
+    for name in ("yolov8n-seg.yaml", "yolov8n-pose.yaml", "rtdetr-l.yaml"):
+        with pytest.raises(InputError, match="for YOLO detection models"):
+            build(name)
+
+
+def test_image_size_and_stride():
+    check_imgsz(640, 32)
+    with pytest.raises(InputError, match="multiple of the stride 32. The nearest is 96"):
+        check_imgsz(100, 32)
+    with pytest.raises(InputError, match="The nearest is 64"):
+        check_imgsz(50, 64)
+
+
+def test_loss_of_one_process_is_ultralytics_own():
+    model = build("yolov8n.yaml").train()
+    batch = {
+        "img": torch.rand(2, 3, 64, 64),
+        "cls": torch.tensor([[0.0], [2.0]]),
+        "bboxes": torch.tensor([[0.5, 0.5, 0.4, 0.4], [0.3, 0.3, 0.3, 0.3]]),
+        "batch_idx": torch.tensor([0.0, 1.0]),
+    }
+    theirs = model(dict(batch))[0]
+    model_file.use_global_loss(model, lambda value: value, ranks=1)
+    ours, items = model(dict(batch))
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
+    assert list(items) == ["box_loss", "cls_loss", "dfl_loss"]
+    assert get_cfg().box == model.args.box
