@@ -9,7 +9,7 @@ PY := .venv/bin/python
 # Runs a script on GPUS or CPUS processes: through accelerate launch, or as one plain process that gets the signals.
 LAUNCH = @exec $(PY) -m train.processes --gpus "$(GPUS)" --cpus "$(CPUS)" --
 # The recipe of a first run: a few minutes on two CPU cores. It applies only where ARGS names no data set.
-QUICK := --imgsz 160 --epochs 16 --batch 16 --nbs 16 --close-mosaic 4 --channels-last
+QUICK := --imgsz 160 --epochs 14 --batch 16 --nbs 16 --warmup-epochs 1 --mosaic 0 --channels-last
 LAST_WEIGHTS = $$(ls -t runs/detect/*/weights/best.pt 2>/dev/null | head -n 1)
 
 .PHONY: help train validate test check clean

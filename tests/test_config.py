@@ -28,7 +28,9 @@ def test_all_faults_are_told_at_once():
 def test_validation_takes_data_and_size_from_the_checkpoint():
     config = ValConfig(weights="best.pt").with_defaults({"data": "coco.yaml", "imgsz": 320})
     assert (config.data, config.imgsz) == ("coco.yaml", 320)
-    config = ValConfig(weights="best.pt", data="other.yaml", imgsz=64).with_defaults({"data": "coco.yaml", "imgsz": 320})
+    config = ValConfig(weights="best.pt", data="other.yaml", imgsz=64).with_defaults(
+        {"data": "coco.yaml", "imgsz": 320}
+    )
     assert (config.data, config.imgsz) == ("other.yaml", 64)
     with pytest.raises(InputError, match="--data"):
         ValConfig(weights="best.pt").with_defaults({})

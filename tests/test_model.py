@@ -109,7 +109,7 @@ def test_a_checkpoint_cannot_run_code(tmp_path: Path):
 
 def test_models_that_are_not_there(tmp_path: Path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match="no checkpoint .*mine.pt"):
+    with pytest.raises(InputError, match=r"no checkpoint .*mine\.pt"):
         fetch_weights("mine.pt")
     with pytest.raises(InputError, match=r"no model yolov99n\.yaml"):
         fetch_weights("yolov99n.yaml")
@@ -143,7 +143,7 @@ def test_other_tasks_are_refused():
 
 def test_image_size_and_stride():
     check_imgsz(640, 32)
-    with pytest.raises(InputError, match="multiple of the stride 32. The nearest is 96"):
+    with pytest.raises(InputError, match=r"multiple of the stride 32\. The nearest is 96"):
         check_imgsz(100, 32)
     with pytest.raises(InputError, match="The nearest is 64"):
         check_imgsz(50, 64)

@@ -62,7 +62,9 @@ def test_rates_are_ultralytics(model: DetectionModel, epochs: int, cos_lr: bool)
     nb = schedule.batches
     assert nb == 10
     ours, reference = build_optimizer(model, schedule), theirs(model, config, schedule)
-    trainer = SimpleNamespace(args=get_cfg(overrides={"cos_lr": cos_lr, "epochs": epochs}), epochs=epochs, optimizer=reference)
+    trainer = SimpleNamespace(
+        args=get_cfg(overrides={"cos_lr": cos_lr, "epochs": epochs}), epochs=epochs, optimizer=reference
+    )
     BaseTrainer._setup_scheduler(trainer)
     nw = BaseTrainer._get_warmup_iterations(trainer, nb)
     accumulate = min(4, nb * epochs)

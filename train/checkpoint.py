@@ -4,12 +4,14 @@ import contextlib
 import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
+from torch import nn
 
-from train.config import InputError
+from train.config import InputError, TrainConfig
+from train.model import as_checkpoint
 
 
 @contextlib.contextmanager
@@ -25,10 +27,12 @@ def whole_file(path: Path) -> Iterator[Path]:
         draft.unlink(missing_ok=True)
 
 
-def save(checkpoint: dict[str, Any], folder: Path, best: bool) -> None:
+def save(
+    model: nn.Module, config: TrainConfig, epoch: int, metrics: dict[str, float], folder: Path, best: bool
+) -> None:
     """Write `folder`/last.pt, and best.pt as a hard link to it (a copy where the file system has no links)."""
     with whole_file(folder / "last.pt") as draft:
-        torch.save(checkpoint, draft)
+        torch.save(as_checkpoint(model, asdict(config), epoch, metrics), draft)
     if best:
         with whole_file(folder / "best.pt") as draft:
             try:

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import nn
 from ultralytics.utils.ops import scale_boxes, xywh2ltwh, xyxy2ltwh
 
 from train.config import EvalConfig
@@ -33,7 +32,8 @@ def ground_truth(labels: list[Labels], names: dict[int, str]) -> dict[str, Any]:
         labels: the split's labels, boxes normalised.
         names: class names by class index.
     """
-    images, annotations = [], []
+    images: list[dict] = []
+    annotations: list[dict] = []
     for entry in labels:
         height, width = entry.shape
         images.append({"id": entry.image_id, "file_name": entry.im_file, "width": width, "height": height})
@@ -69,7 +69,7 @@ class Evaluation:
 
 @torch.inference_mode()
 def evaluate(
-    model: nn.Module, loader: Iterable[dict], truth: dict[str, Any], config: EvalConfig, accelerator: Accelerator
+    model: Any, loader: Iterable[dict], truth: dict[str, Any], config: EvalConfig, accelerator: Accelerator
 ) -> Evaluation:
     """Detect on this rank's batches, gather, and measure once (collective).
 
@@ -139,7 +139,8 @@ def coco_metrics(
         if evaluator == "hotcoco":
             import hotcoco
 
-            result = hotcoco.COCOeval(coco := hotcoco.COCO(truth), coco.loadRes(detections), "bbox")
+            coco = hotcoco.COCO(truth)
+            result: Any = hotcoco.COCOeval(coco, coco.loadRes(detections), "bbox")
         else:
             from pycocotools.coco import COCO
             from pycocotools.cocoeval import COCOeval

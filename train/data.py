@@ -109,7 +109,9 @@ def find_data(data: str) -> DataFiles:
     names = content["names"]
     names = {int(k): str(v) for k, v in (names.items() if isinstance(names, dict) else enumerate(names))}
     if sorted(names) != list(range(len(names))):
-        raise InputError(f"{path}: the class indices in `names` are {sorted(names)}; they must be 0 to {len(names) - 1}.")
+        raise InputError(
+            f"{path}: the class indices in `names` are {sorted(names)}; they must be 0 to {len(names) - 1}."
+        )
     if content.get("nc", len(names)) != len(names):
         raise InputError(f"{path} says nc: {content['nc']} but names {len(names)} classes.")
     splits = {split: content[split] for split in ("train", "val", "test") if content.get(split)}
@@ -225,8 +227,19 @@ def scan(files: list[str], classes: int, accelerator: Accelerator) -> tuple[list
     label_files, ids = img2label_paths(files), image_ids(files)
     with ThreadPool(min(8, os.cpu_count() or 1)) as pool:
         mine = pool.map(lambda i: (i, _read_image(files[i], label_files[i], ids[i], classes)), share)
-    found = [entry for _, entry in sorted((pair for part in gather_object([mine]) for pair in part), key=lambda p: p[0])]
+    found = [
+        entry for _, entry in sorted((pair for part in gather_object([mine]) for pair in part), key=lambda p: p[0])
+    ]
     return [e for e in found if isinstance(e, Labels)], [e for e in found if isinstance(e, str)]
+
+
+def check_usable(name: str, train: list[Labels] | None, val: list[Labels], faults: list[str]) -> None:
+    """Raise InputError where nothing is left to train on or to validate on."""
+    reason = f" First of {len(faults)} faults: {faults[0]}" if faults else ""
+    if train is not None and not any(len(entry.cls) for entry in train):
+        raise InputError(f"{name}: no train image has a usable label.{reason}")
+    if not val:
+        raise InputError(f"{name}: no val image can be used.{reason}")
 
 
 def image_ids(files: list[str]) -> list[int]:
@@ -390,7 +403,9 @@ def _chunks(items: list, size: int) -> Iterator[list]:
 
 def augmentation(config: TrainConfig) -> Any:
     """Ultralytics' hyperparameter namespace with this run's augmentation."""
-    names = "hsv_h hsv_s hsv_v degrees translate scale shear perspective flipud fliplr bgr mosaic mixup cutmix copy_paste"
+    names = (
+        "hsv_h hsv_s hsv_v degrees translate scale shear perspective flipud fliplr bgr mosaic mixup cutmix copy_paste"
+    )
     return get_cfg(overrides={name: getattr(config, name) for name in names.split()})
 
 
@@ -416,7 +431,7 @@ class Positions:
 
 def _loader(dataset: _Images, batch_sampler: Any, config: EvalConfig, accelerator: Accelerator) -> DataLoader:
     workers = min(config.workers, (os.cpu_count() or 1) // local_processes())
-    loader = DataLoader(
+    loader: DataLoader = DataLoader(
         dataset,
         batch_sampler=batch_sampler,
         num_workers=workers,

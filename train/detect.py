@@ -10,20 +10,19 @@
 """
 
 import time
-from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import tyro
 from torch import nn
 
 from train.checkpoint import new_folder, save
-from train.coco import evaluate, ground_truth
+from train.coco import Evaluation, evaluate, ground_truth
 from train.config import InputError, TrainConfig
-from train.data import TrainSet, ValSet, find_data, scan, train_loader, val_loader
+from train.data import TrainSet, ValSet, check_usable, find_data, scan, train_loader, val_loader
 from train.engine import train_one_epoch
 from train.model import (
     ModelEMA,
-    as_checkpoint,
     build_model,
     check_imgsz,
     end_of_epoch,
@@ -53,8 +52,7 @@ def main(config: TrainConfig) -> None:
     report.say(f"reading the labels of {len(train_files)} train and {len(val_files)} val images")
     train_labels, train_faults = scan(train_files, len(data.names), accelerator)
     val_labels, val_faults = scan(val_files, len(data.names), accelerator)
-    if not any(len(labels.cls) for labels in train_labels):
-        raise InputError(f"{data.name}: none of the {len(train_files)} train images has a usable label.")
+    check_usable(data.name, train_labels, val_labels, train_faults + val_faults)
     truth = ground_truth(val_labels, data.names)
 
     # Model, its average, and the loss. The average is copied before anything of this run hangs on the model.
@@ -86,7 +84,8 @@ def main(config: TrainConfig) -> None:
     report.banner(config, precision, origin, data.name, schedule, train_labels, val_labels)
     report.start_trackers(config)
 
-    best, best_epoch = None, 0
+    best: Evaluation | None = None
+    best_epoch = 0
     for epoch in range(config.epochs):
         positions.epoch = epoch
         report.epoch_starts(epoch, config.epochs, len(schedule.step_ends(epoch)))
@@ -100,13 +99,13 @@ def main(config: TrainConfig) -> None:
         if best is None or result.fitness > best.fitness:
             best, best_epoch = result, epoch
         report.epoch(epoch, losses, optimizer, result, best, best_epoch, ema.updates, time.perf_counter() - trained)
-        checkpoint = as_checkpoint(ema.ema, asdict(config), epoch, result.metrics)
-        on_main(accelerator, lambda: save(checkpoint, weights, best=best_epoch == epoch))
+        on_main(accelerator, partial(save, ema.ema, config, epoch, result.metrics, weights, best=best_epoch == epoch))
         if epoch - best_epoch >= config.patience:
             report.say(f"stopping: no better epoch than {best_epoch + 1} for {config.patience} epochs (--patience)")
             break
 
     # best.pt holds the weights that were evaluated in its epoch, so its numbers are known.
+    assert best is not None
     report.say(f"best.pt, epoch {best_epoch + 1}, on {len(val_labels)} val images:")
     report.evaluation(best, truth)
     report.say(f"results in {report.folder}")

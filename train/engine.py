@@ -77,6 +77,7 @@ def train_one_epoch(
     """
     config = schedule.config
     model.train()
+    detector = accelerator.unwrap_model(model)
     step_ends = schedule.step_ends(epoch)
     window = LossWindow(accelerator)
     epoch_total, epoch_images, steps = torch.zeros(()), 0, 0
@@ -85,7 +86,10 @@ def train_one_epoch(
         batch["img"] = as_images(batch["img"], config.memory_format)
         steps_now = i in step_ends
         with nullcontext() if steps_now else accelerator.no_sync(model):
-            losses, items = model(batch)
+            # Not model(batch): it would call forward inside forward, and Accelerate's autocast does not nest; it would
+            # stay on after the step. So the loss is computed in fp32, from predictions that Accelerate made fp32.
+            predictions = model(batch["img"])
+            losses, items = detector.loss(batch, predictions)
             # Ultralytics' loss is a sum over the images; DDP takes the mean of the ranks' gradients.
             accelerator.backward(losses.sum() * accelerator.num_processes)
         names = list(items)

@@ -16,11 +16,9 @@ from ultralytics.nn.tasks import DetectionModel, load_checkpoint, yaml_model_loa
 from ultralytics.utils.downloads import GITHUB_ASSETS_NAMES, GITHUB_ASSETS_REPO, attempt_download_asset
 from ultralytics.utils.loss import E2ELoss, v8DetectionLoss
 from ultralytics.utils.nms import non_max_suppression
-from ultralytics.utils.torch_utils import ModelEMA
+from ultralytics.utils.torch_utils import ModelEMA as ModelEMA  # for the scripts
 
 from train.config import InputError, TrainConfig
-
-__all__ = ["ModelEMA"]  # re-exported, so that no other file imports from Ultralytics' model code
 
 
 def fetch_weights(model: str) -> str:
@@ -48,7 +46,7 @@ def fetch_weights(model: str) -> str:
             return model
         except FileNotFoundError:
             raise InputError(
-                f"There is no model {model}, neither a file nor one of Ultralytics' own (yolov8n.yaml, yolo11s.yaml, …)."
+                f"There is no model {model}, neither a file nor one of Ultralytics' (yolov8n.yaml, yolo11s.yaml, …)."
             ) from None
     raise InputError(f"--model is {model!r}; it must be an Ultralytics model .yaml or a .pt checkpoint.")
 
@@ -89,7 +87,9 @@ def build_model(config: TrainConfig, source: str, names: dict[int, str], channel
     else:
         head = str(yaml_model_load(source)["head"][-1][2])
         if head not in ("Detect", "v10Detect"):
-            raise InputError(f"--model {config.model} ends in a {head} head; these scripts are for YOLO detection models.")
+            raise InputError(
+                f"--model {config.model} ends in a {head} head; these scripts are for YOLO detection models."
+            )
     model = DetectionModel(yaml, ch=channels, nc=len(names), verbose=False)
     model.names = names  # before load(), so that the head's rows are matched by class name
     origin = f"{Path(config.model).name} from scratch"
@@ -129,6 +129,8 @@ class GlobalLoss(v8DetectionLoss):
     Ultralytics divides each rank's loss by that rank's own sum, so the gradients of two processes differ from those of
     one process at the same global batch. Here the mean over ranks, which DDP takes, is what one process computes.
     """
+
+    assigner: Any
 
     def __init__(self, model: nn.Module, sum_over_ranks: Callable[[Tensor], Tensor], ranks: int, **kwargs: Any):
         super().__init__(model, **kwargs)
@@ -171,9 +173,10 @@ def end_of_epoch(model: DetectionModel) -> None:
         model.criterion.update()
 
 
-def inference_copy(model: nn.Module, device: torch.device, memory_format: torch.memory_format) -> nn.Module:
+def inference_copy(model: DetectionModel, device: torch.device, memory_format: torch.memory_format) -> DetectionModel:
     """A copy for evaluation: fp32, convolution and BatchNorm fused, raw head outputs (see `detect`)."""
-    model = deepcopy(model).float().eval().to(device)
+    # Contiguous first: fusing sums in memory order, and a checkpoint's weights come back contiguous.
+    model = deepcopy(model).float().eval().to(device).to(memory_format=torch.contiguous_format)
     model.fuse(verbose=False)
     model.model[-1].training = True  # the head's own flag alone: raw outputs; its layers stay in eval mode
     for parameter in model.parameters():
@@ -181,7 +184,7 @@ def inference_copy(model: nn.Module, device: torch.device, memory_format: torch.
     return model.to(memory_format=memory_format)
 
 
-def detect(raw: dict[str, Any], model: nn.Module, conf: float, iou: float, max_det: int) -> list[Tensor]:
+def detect(raw: dict[str, Any], model: DetectionModel, conf: float, iou: float, max_det: int) -> list[Tensor]:
     """Decode and suppress in fp32, whatever precision the forward had.
 
     bf16 has eight bits of mantissa: box edges decoded in it would jump in steps of 2 px at 300 px.
@@ -193,7 +196,7 @@ def detect(raw: dict[str, Any], model: nn.Module, conf: float, iou: float, max_d
     Returns:
         one (n, 6) fp32 tensor per image: x1, y1, x2, y2 in pixels of the padded image, score, class index; NMS order.
     """
-    head = model.model[-1]  # type: ignore[union-attr,index]
+    head = model.model[-1]
     if "one2many" in raw:
         raw = raw["one2one"] if head.end2end else raw["one2many"]
     raw = {"boxes": raw["boxes"].float(), "scores": raw["scores"].float(), "feats": [x.float() for x in raw["feats"]]}
@@ -207,7 +210,9 @@ def detect(raw: dict[str, Any], model: nn.Module, conf: float, iou: float, max_d
     )
 
 
-def as_checkpoint(model: nn.Module, train_args: dict[str, Any], epoch: int, metrics: dict[str, float]) -> dict[str, Any]:
+def as_checkpoint(
+    model: DetectionModel, train_args: dict[str, Any], epoch: int, metrics: dict[str, float]
+) -> dict[str, Any]:
     """What `ultralytics.YOLO` reads: the module itself, in fp32 and contiguous, with plain values beside it."""
     model = deepcopy(model).float().cpu().to(memory_format=torch.contiguous_format)
     model.args = vars(get_cfg()) | {key: value for key, value in train_args.items() if key in vars(get_cfg())}

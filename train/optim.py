@@ -27,7 +27,7 @@ class Schedule:
 
     @property
     def batches(self) -> int:
-        """Batches in one epoch: a remainder smaller than the batch is dropped, a smaller set is repeated to fill one."""
+        """Batches in one epoch: a remainder is dropped; a set smaller than the batch is repeated to fill one."""
         return max(self.images // self.config.batch, 1)
 
     @cached_property
@@ -157,5 +157,5 @@ def build_optimizer(model: nn.Module, schedule: Schedule) -> torch.optim.Optimiz
     if name == "SGD":
         return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=True)
     fused = next(model.parameters()).is_cuda  # lets the gradient scaler skip a step without a host sync
-    kind = {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}[name]
-    return kind(groups, lr=lr, betas=(momentum, 0.999), weight_decay=0.0, fused=fused)
+    adam = {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}[name]
+    return adam(groups, lr=lr, betas=(momentum, 0.999), weight_decay=0.0, fused=fused)

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -147,15 +147,15 @@ def on_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
 
     An error on the main process alone would leave the others waiting for it in their next collective.
     """
-    outcome: list[tuple[T | None, Exception | None]] = [(None, None)]
+    outcome: list[Any] = [None, None]  # result, error
     if accelerator.is_main_process:
         try:
-            outcome = [(work(), None)]
+            outcome[0] = work()
         except Exception as error:
-            outcome = [(None, error)]
-    result, error = broadcast_object_list(outcome)[0]
-    if error is not None:
-        raise error
+            outcome[1] = error
+    result, failure = broadcast_object_list(outcome)
+    if failure is not None:
+        raise failure
     return result
 
 
@@ -211,7 +211,11 @@ def launch_command(gpus: int | None, cpus: int | None) -> list[str]:
         raise InputError(f"GPUS={gpus} CPUS={cpus}: at least one process is needed.")
     if cpus is not None:
         threads = max((os.cpu_count() or 1) // cpus, 1)
-        environment = ["env", "ACCELERATE_USE_CPU=true", f"OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', threads)}"]
+        environment = [
+            "env",
+            "ACCELERATE_USE_CPU=true",
+            f"OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', threads)}",
+        ]
         return [*environment, *_accelerate("multi_cpu.yaml", cpus)] if cpus > 1 else [*environment, sys.executable]
     device = device_type()
     if gpus is not None:

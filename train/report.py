@@ -25,6 +25,7 @@ from train.coco import METRICS, Evaluation
 from train.config import EvalConfig, TrainConfig
 from train.data import Labels
 from train.optim import Schedule
+from train.plots import draw_validation
 from train.processes import processes
 
 PACKAGES = ("torch", "torchvision", "accelerate", "ultralytics", "hotcoco", "pycocotools", "wandb", "numpy")
@@ -84,7 +85,9 @@ class Report:
         if faults:
             if self.accelerator.is_main_process:
                 self._write("faults.txt", "\n".join(faults) + "\n")
-            self.say(f"warning: {len(faults)} images are left out; {self.folder / 'faults.txt'} says why. First: {faults[0]}")
+            self.say(
+                f"warning: {len(faults)} images are left out; {self.folder / 'faults.txt'} says why. First: {faults[0]}"
+            )
 
     def processes(self, config: EvalConfig, precision: str) -> None:
         """How many processes on which device, and what they compute in."""
@@ -193,7 +196,7 @@ class Report:
 
     # Evaluation -------------------------------------------------------------------------------------------------------
     def evaluation(self, evaluation: Evaluation, truth: dict[str, Any]) -> None:
-        """COCO's table on the console; metrics.json, predictions.json and ground_truth.json, unrounded, in the folder."""
+        """COCO's table on the console; metrics, predictions and truth as JSON, unrounded; a page of pictures."""
         for line in _table(evaluation):
             self.say(line)
         if not self.accelerator.is_main_process:
@@ -206,14 +209,15 @@ class Report:
         self._write("predictions.json", json.dumps(rows))
         self._write("ground_truth.json", json.dumps(truth))
         self._write("metrics.json", json.dumps(metrics, indent=2))
+        draw_validation(evaluation, truth, self.folder / "val.jpg")
 
     # Trackers ---------------------------------------------------------------------------------------------------------
     def start_trackers(self, config: TrainConfig) -> None:
         """Start the trackers on the main process. One that fails is a warning; it never ends the training."""
         self.accelerator.project_configuration.set_directories(str(self.folder))
         values = {k: v if isinstance(v, int | float | str) else str(v) for k, v in asdict(config).items()}
-        options = {"wandb": _wandb_options(self.folder)} if "wandb" in config.trackers else {}
         try:
+            options = {"wandb": _wandb_options(self.folder)} if "wandb" in config.trackers else {}
             self.accelerator.init_trackers("yolo-accelerate", config=values, init_kwargs=options)
         except Exception as error:
             self.accelerator.trackers = []
@@ -232,7 +236,7 @@ def _wandb_options(folder: Path) -> dict[str, Any]:
     import wandb  # half a second, so only where it is used
 
     options: dict[str, Any] = {"dir": str(folder), "name": folder.name, "settings": wandb.Settings(silent=True)}
-    if "WANDB_MODE" not in os.environ and not wandb.login(prompt=False):
+    if not os.environ.get("WANDB_MODE") and not wandb.login(prompt=False):
         options["mode"] = "offline"
     return options
 

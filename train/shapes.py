@@ -12,7 +12,6 @@ NAMES = ("circle", "square", "triangle")
 SIZES = ((240, 240), (192, 256), (256, 192), (160, 288), (224, 256))  # height, width
 SPLITS = {"train": 512, "val": 256}
 YAML = """# Drawn by train/shapes.py. labels/ holds boxes; polygons/ holds the same objects as polygons.
-path: .
 train: images/train
 val: images/val
 names:
@@ -65,7 +64,7 @@ def _write(folder: Path, split: str, i: int, rng: np.random.Generator) -> None:
             continue  # objects may touch, not hide each other
         taken.append((x, y, radius))
         kind = int(rng.integers(len(NAMES)))
-        points = _polygon(kind, radius, rng) + (x, y)
+        points = _polygon(kind, radius, rng) + np.array([x, y])
         colour = rng.integers(0, 256, 3).tolist()
         cv2.fillPoly(image, [np.round(points * 16).astype(np.int32)], colour, cv2.LINE_AA, shift=4)
         points = np.clip(points / (width, height), 0, 1)
@@ -83,7 +82,7 @@ def _background(height: int, width: int, rng: np.random.Generator) -> np.ndarray
     canvas = cv2.resize(ends, (width, height), interpolation=cv2.INTER_LINEAR)
     for cell, strength in ((32, 40), (6, 18), (1, 8)):
         noise = rng.normal(0, strength, (height // cell + 1, width // cell + 1, 3)).astype(np.float32)
-        canvas += cv2.resize(noise, (width, height), interpolation=cv2.INTER_LINEAR)
+        canvas = canvas + cv2.resize(noise, (width, height), interpolation=cv2.INTER_LINEAR)
     return np.clip(canvas, 0, 255).astype(np.uint8)
 
 

@@ -16,7 +16,7 @@ import tyro
 from train.checkpoint import new_folder
 from train.coco import evaluate, ground_truth
 from train.config import InputError, ValConfig
-from train.data import ValSet, find_data, scan, val_loader
+from train.data import ValSet, check_usable, find_data, scan, val_loader
 from train.model import check_imgsz, fetch_weights, inference_copy, largest_stride, load_detector
 from train.processes import on_main, run, said_once, start_processes
 from train.report import Report
@@ -38,6 +38,7 @@ def main(config: ValConfig) -> None:
     files = data.images(config.split)
     report.say(f"reading the labels of {len(files)} {config.split} images")
     labels, faults = scan(files, len(data.names), accelerator)
+    check_usable(data.name, None, labels, faults)
     truth = ground_truth(labels, data.names)
     loader = val_loader(ValSet(labels, data.names, data.channels, config.imgsz, stride), config, accelerator)
 

@@ -20,7 +20,9 @@ def main() -> None:
     if task == "alone":
         from accelerate.state import PartialState
 
-        PartialState._shared_state.update({"_cpu": True, "backend": None})  # as a launcher that is not torch's leaves it
+        PartialState._shared_state.update(
+            {"_cpu": True, "backend": None}
+        )  # as a launcher that is not torch's leaves it
         for name, value in (("distributed_type", "NO"), ("num_processes", 1), ("process_index", 0)):
             PartialState._shared_state[name] = value
         PartialState._shared_state |= {"local_process_index": 0, "device": torch.device("cpu"), "debug": False}

@@ -1,0 +1,190 @@
+"""Whole runs, as people start them."""
+
+import csv
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import DETECT, launch, succeed
+from train.coco import METRICS
+
+QUICK = [
+    "--imgsz",
+    "64",
+    "--epochs",
+    "2",
+    "--batch",
+    "8",
+    "--nbs",
+    "16",
+    "--warmup-epochs",
+    "1",
+    "--log-interval",
+    "1",
+    "--workers",
+    "1",
+]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, shapes: Path) -> dict[int, tuple[Path, str]]:
+    """The same training on one process and on two: (run folder, console), by number of processes."""
+    done = {}
+    for ranks in (1, 2):
+        folder = tmp_path_factory.mktemp(f"ranks{ranks}")
+        console = succeed(ranks, DETECT, "--data", shapes, *QUICK, cwd=folder)
+        done[ranks] = (folder / "runs" / "detect" / "exp", console)
+    return done
+
+
+def structure(console: str) -> list[str]:
+    """Console lines with the numbers and paths masked."""
+    text = re.sub(r"/\S+", "PATH", console)
+    text = re.sub(r"-?\d+(\.\d+)?(e[-+]?\d+)?", "#", text.replace(", gloo", "").replace("processes", "process"))
+    return [re.sub(r"\s+", " ", line) for line in text.splitlines()]
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    with open(folder / "results.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_one_process_and_two_say_the_same_lines(runs):
+    lines = structure(runs[1][1])
+    assert lines == structure(runs[2][1])
+    # four steps in the first epoch, which warms up from one batch a step, and three in the second; the last step of
+    # an epoch has the epoch's line
+    assert sum("step" in line and "box" in line for line in lines) == 3 + 2
+    assert sum(" train box" in line for line in lines) == sum(" val AP" in line for line in lines) == 2
+    assert "processes 1 process on cpu, 1 threads each" in re.sub(" +", " ", runs[1][1])
+    assert "batch 8 images over 2 processes x 2 accumulated = 16 a step" in re.sub(" +", " ", runs[2][1])
+
+
+def test_nothing_but_text_on_a_pipe(runs):
+    for _, console in runs.values():
+        assert "\r" not in console
+        assert "\x1b" not in console
+
+
+def test_losses_of_one_process_and_two_agree(runs, trained: Path):
+    assert [row["global_step"] for row in rows(runs[1][0])] == [row["global_step"] for row in rows(runs[2][0])]
+    home = trained.parent.parent.parent  # has the built-in shapes
+    for ranks in (1, 2):
+        options = (
+            f"--imgsz 160 --epochs 1 --batch 32 --trackers none --mixed-precision auto --name epoch{ranks}".split()
+        )
+        succeed(ranks, DETECT, *options, cwd=home)
+    (one,), (two,) = (rows(home / "runs" / "detect" / f"epoch{ranks}") for ranks in (1, 2))
+    for name in ("train/box_loss", "train/cls_loss", "train/dfl_loss"):
+        # not the same: BatchNorm sees sixteen images instead of thirty-two
+        assert float(two[name]) == pytest.approx(float(one[name]), rel=0.05)
+
+
+def test_results_csv(runs):
+    first, second = rows(runs[1][0])
+    assert [first["epoch"], second["epoch"]] == ["1", "2"]
+    assert [name for name in first if name.startswith("val/")] == [f"val/{name}" for name in METRICS]
+    assert {"seconds", "images_per_s", "global_step", "lr/pg0", "lr/pg1", "lr/pg2"} <= set(first)
+
+
+def test_files_of_a_run(runs):
+    for ranks, (folder, console) in runs.items():
+        config = json.loads((folder / "config.json").read_text())
+        assert config["imgsz"] == 64
+        assert {"torch", "ultralytics", "accelerate", "python"} <= set(config["versions"])
+        assert sorted(file.name for file in (folder / "weights").iterdir()) == ["best.pt", "last.pt"]
+        logs = sorted(file.name for file in (folder / "logs").iterdir())
+        assert logs == [f"rank{rank}.log" for rank in range(ranks)]
+        main_log = (folder / "logs" / "rank0.log").read_text()
+        assert all(line in main_log for line in console.splitlines() if line)
+        metrics = json.loads((folder / "metrics.json").read_text())
+        assert set(metrics) == {*METRICS, "per_class", "images"}
+        assert metrics["images"] == 21
+        best = max(rows(folder), key=lambda row: 0.1 * float(row["val/AP50"]) + 0.9 * float(row["val/AP"]))
+        assert metrics["AP"] == float(best["val/AP"])
+        assert len(json.loads((folder / "ground_truth.json").read_text())["images"]) == 21
+        assert [path.name for path in folder.rglob(".*")] == []  # no half-written file
+
+
+def test_one_wandb_run_offline_without_asking(tmp_path: Path, shapes: Path):
+    done = launch(
+        2, DETECT, "--data", shapes, *QUICK, "--epochs", 1, cwd=tmp_path,
+        WANDB_MODE=None, HOME=str(tmp_path), NETRC=str(tmp_path / "none"),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    (run,) = (tmp_path / "runs" / "detect" / "exp" / "wandb").glob("offline-run-*")
+    (records,) = run.glob("*.wandb")
+    stored = records.read_bytes()
+    assert b"val/AP50" in stored
+    assert b"train/box_loss" in stored
+    assert b"close_mosaic" in stored  # the configuration
+    assert not (tmp_path / ".config" / "Ultralytics").exists()
+
+
+def test_a_new_folder_for_each_run(tmp_path: Path, shapes: Path):
+    options = ["--data", shapes, *QUICK, "--epochs", 1, "--trackers", "none", "--name", "a"]
+    for _ in range(2):
+        succeed(1, DETECT, *options, cwd=tmp_path)
+    assert sorted(folder.name for folder in (tmp_path / "runs" / "detect").iterdir()) == ["a", "a2"]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_bad_input_is_one_message_and_nothing_is_written(ranks: int, tmp_path: Path, shapes: Path):
+    done = launch(ranks, DETECT, "--data", shapes, "--imgsz", 100, "--epochs", 1, cwd=tmp_path)
+    assert done.returncode == (2 if ranks == 1 else 1)  # the launcher has a code of its own
+    assert done.stderr.count("error: --imgsz is 100; it must be a multiple of the stride 32. The nearest is 96.") == 1
+    assert 'detect.py", line' not in done.stderr  # no traceback of ours
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unknown_flags_and_batches_that_do_not_divide(tmp_path: Path, shapes: Path):
+    done = launch(1, DETECT, "--epoch", 3, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "--epochs" in done.stderr  # the nearest known one
+    done = launch(2, DETECT, "--data", shapes, "--batch", 9, cwd=tmp_path)
+    assert "--batch is 9; it must be divisible by the 2 processes, as 8 is." in done.stderr
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_loss_that_is_not_finite_names_the_images_and_saves_nothing(ranks: int, tmp_path: Path, shapes: Path):
+    done = launch(
+        ranks, DETECT, "--data", shapes, *QUICK, "--optimizer", "SGD", "--lr0", 1e30, "--warmup-epochs", 0,
+        "--trackers", "none", cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr.count("error: The loss is no longer a finite number") == 1
+    assert re.search(r"images/train/\d{6}\.jpg", done.stderr)
+    assert list((tmp_path / "runs" / "detect" / "exp" / "weights").iterdir()) == []
+
+
+ULTRALYTICS = """
+import sys
+sys.modules["train"] = None  # importing it fails
+import numpy
+from ultralytics import YOLO
+best, data, image = sys.argv[1:]
+model = YOLO(best)
+assert len(model.predict(image, imgsz=160, conf=0.05, verbose=False)[0].boxes)
+print("map50", model.val(data=data, imgsz=160, plots=False, verbose=False, workers=0).box.map50)
+exported = YOLO(model.export(format="torchscript", imgsz=160), task="detect")
+assert len(exported.predict(image, imgsz=160, conf=0.05, verbose=False)[0].boxes)
+"""
+
+
+def test_ultralytics_loads_predicts_validates_and_exports_best(trained: Path, tmp_path: Path):
+    data = trained.parent.parent.parent / "datasets" / "shapes" / "shapes.yaml"
+    image = next(data.parent.glob("images/val/*.jpg"))
+    done = subprocess.run(
+        [sys.executable, "-c", ULTRALYTICS, str(trained / "weights" / "best.pt"), str(data), str(image)],
+        cwd=tmp_path, capture_output=True, text=True, timeout=300,
+        env=os.environ | {"ULTRALYTICS_SAFE_LOAD": "1", "YOLO_CONFIG_DIR": str(tmp_path), "YOLO_AUTOINSTALL": "0"},
+    )  # fmt: skip
+    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+    theirs = float(re.search(r"map50 (\S+)", done.stdout)[1])
+    ours = json.loads((trained / "metrics.json").read_text())["AP50"]
+    assert theirs == pytest.approx(ours, abs=0.03)  # their AP interpolates otherwise

@@ -1,0 +1,86 @@
+"""Train a few steps with the real engine and leave the images seen and the weights, for comparison over ranks.
+
+usage: parity.py DATA.yaml OUT [--local | --ddp]; --ddp is plain DDP over Ultralytics' unmodified loss.
+"""
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from train.config import TrainConfig
+from train.data import TrainSet, find_data, scan, train_loader
+from train.engine import train_one_epoch
+from train.model import ModelEMA, build_model, use_global_loss
+from train.optim import Schedule, build_optimizer
+from train.processes import run, start_processes
+from train.report import Report
+
+data_yaml, out, mode = sys.argv[1], Path(sys.argv[2]), sys.argv[3] if len(sys.argv) > 3 else ""
+LOCAL = mode in ("--local", "--ddp")
+# 40 images are five batches; two make a step, so that accumulation and its remainder are inside: 3 steps an epoch.
+config = TrainConfig(
+    data=data_yaml, imgsz=64, batch=8, nbs=8 if LOCAL else 16, epochs=1 if LOCAL else 2, close_mosaic=0,
+    optimizer="SGD", lr0=0.01, warmup_epochs=0, workers=0, mixup=0.2, degrees=5.0, local_loss_norm=LOCAL,
+)  # fmt: skip
+
+
+def freeze_batchnorm(model: nn.Module) -> None:
+    """Statistics of the batch depend on the rank's share of it, so they are left out of the comparison."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+            module.train = lambda mode=True: None  # type: ignore[method-assign]
+
+
+def main() -> None:
+    accelerator, _ = start_processes("no", [], seed=1)
+    data = find_data(config.data)
+    labels, _ = scan(data.images("train"), 3, accelerator)
+    model, _ = build_model(config, config.model, data.names, 3)
+    freeze_batchnorm(model)
+    ema = ModelEMA(model)
+    if not config.local_loss_norm:
+        use_global_loss(model, lambda value: accelerator.reduce(value, "sum"), accelerator.num_processes)
+    detector = model
+    start = {key: value.clone() for key, value in model.state_dict().items()}
+    schedule = Schedule(config, images=len(labels), classes=3)
+    optimizer = build_optimizer(model, schedule)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    loader, positions = train_loader(TrainSet(labels, data.names, 3, config), schedule.batches, accelerator)
+    report = Report(accelerator)
+
+    seen: list[list[str]] = []  # digests of this rank's images, by batch
+
+    def note(_: nn.Module, inputs: tuple) -> None:
+        images = inputs[0]["img"] if isinstance(inputs[0], dict) else inputs[0]
+        seen.append([hashlib.sha256(image.numpy().tobytes()).hexdigest() for image in images])
+
+    handle = detector.register_forward_pre_hook(note)
+    losses = {}
+    if mode == "--ddp":
+        model.train()
+        for i, batch in enumerate(loader):
+            batch["img"] = batch["img"].float() / 255
+            loss, _ = model(batch)
+            (loss.sum() * accelerator.num_processes).backward()
+            schedule.apply(optimizer, 0, i)
+            nn.utils.clip_grad_norm_(model.parameters(), 10.0)
+            optimizer.step()
+            optimizer.zero_grad()
+    else:
+        for epoch in range(1 if LOCAL else 2):
+            positions.epoch = epoch
+            report.epoch_starts(epoch, 2, len(schedule.step_ends(epoch)))
+            losses = train_one_epoch(epoch, model, ema, optimizer, loader, schedule, accelerator, report)
+    handle.remove()
+    rank = accelerator.process_index
+    out.mkdir(exist_ok=True)
+    torch.save({"start": start, "model": detector.state_dict(), "ema": ema.ema.state_dict()}, out / f"rank{rank}.pt")
+    (out / f"rank{rank}.json").write_text(json.dumps({"seen": seen, "losses": losses, "updates": ema.updates}))
+
+
+run(main)
