@@ -36,6 +36,7 @@ def test_two_processes_train_what_one_trains(one: dict, shapes: Path, tmp_path: 
     first, second = trained(tmp_path, 2, shapes)
     # ten batches; each rank saw its half of each, and together they are the batch of one process, pixel by pixel
     assert len(one["seen"]) == 10
+    assert one["seen"][:5] != one["seen"][5:]  # another epoch, another order
     assert [a + b for a, b in zip(first["seen"], second["seen"], strict=True)] == one["seen"]
     assert one["updates"] == first["updates"] == 6
     assert furthest(first["model"], second["model"]) == 0

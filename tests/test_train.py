@@ -162,6 +162,13 @@ def test_a_loss_that_is_not_finite_names_the_images_and_saves_nothing(ranks: int
     assert list((tmp_path / "runs" / "detect" / "exp" / "weights").iterdir()) == []
 
 
+def test_patience(tmp_path: Path, shapes: Path):
+    options = ["--data", shapes, *QUICK, "--epochs", 9, "--patience", 2, "--lr0", 0, "--optimizer", "SGD"]
+    console = succeed(1, DETECT, *options, "--warmup-bias-lr", 0, "--trackers", "none", cwd=tmp_path)
+    assert "stopping: no better epoch than 1 for 2 epochs" in console
+    assert len(rows(tmp_path / "runs" / "detect" / "exp")) == 3
+
+
 ULTRALYTICS = """
 import sys
 sys.modules["train"] = None  # importing it fails
