@@ -21,7 +21,7 @@ def accelerator() -> Accelerator:
 
 def load(yaml: Path, split: str, accelerator: Accelerator) -> tuple[list[Labels], dict[int, str]]:
     data = find_data(str(yaml))
-    labels, faults = scan(data.images(split), len(data.names), accelerator)
+    labels, faults = scan(data.images(split), data.names, TrainConfig(), accelerator)
     assert not faults
     return labels, data.names
 
@@ -124,7 +124,7 @@ def test_broken_files_are_left_out_with_their_reasons_and_a_read_only_folder_wor
     for folder in (images, labels, tmp_path):
         folder.chmod(0o555)
     try:
-        found, faults = scan(sorted(map(str, images.iterdir())), 1, accelerator)
+        found, faults = scan(sorted(map(str, images.iterdir())), {0: "a"}, TrainConfig(), accelerator)
     finally:
         for folder in (images, labels, tmp_path):
             folder.chmod(0o755)

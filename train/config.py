@@ -1,53 +1,79 @@
-"""The options of both scripts: typed, documented, named as Ultralytics names them, checked in one place."""
+"""The options of both scripts: typed, documented, named as Ultralytics names them, checked in one place.
 
+Each group of options is a dataclass of its own; `--help` shows them as groups, a configuration has them all side by
+side. `parse` reads the command line, and a file of options (`--cfg`) below it.
+"""
+
+import dataclasses
+import json
 import math
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, TypeVar
 
+import pydantic
 import torch
+import tyro
+import yaml
+from ultralytics.cfg import get_cfg
 
 Precision = Literal["auto", "bf16", "fp16", "no"]
+C = TypeVar("C", bound="EvalConfig")
 
 
 class InputError(ValueError):
     """What a person asked for cannot be done: the message names the value, the reason and the flag or file to mend."""
 
 
-def _outside(config: Any, low: float, high: float, *names: str) -> list[str]:
-    """One sentence for each of the named options whose value is not between low and high."""
-    wanted = f"between {low:g} and {high:g}" if high < math.inf else f"{low:g} or more"
-    return [
-        f"--{name.replace('_', '-')} is {getattr(config, name)!r}; it must be {wanted}."
-        for name in names
-        if not low <= getattr(config, name) <= high
-    ]
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Labels and loading."""
+
+    classes: tuple[int, ...] | None = None
+    """Only these class indices count as labels; the model keeps all classes."""
+    single_cls: bool = False
+    """Take all classes for one."""
+    workers: int = 8
+    """Data-loading processes of each rank (never more than its share of the cores); 0 loads in the rank itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalConfig:
-    """What training and evaluation have in common."""
+class Validation:
+    """Validation."""
 
-    data: str = "shapes"
-    """The data set: an Ultralytics data YAML (a path, or a name such as coco8.yaml), or `shapes`, drawn on the spot."""
-    imgsz: int = 640
-    """Image size in pixels: the longer side is scaled to it. A multiple of the model's largest stride, usually 32."""
     val_batch: int = 32
     """Validation batch of each process. Batches are made from the data set and this alone, so AP does not move."""
     conf: float = 0.001
-    """Score below which a prediction is dropped before NMS in validation."""
+    """Score below which a prediction is dropped before NMS."""
     iou: float = 0.7
     """IoU above which NMS drops the lower-scoring of two boxes of one class."""
     max_det: int = 300
     """Most detections kept in one image."""
+    end2end: bool | None = None
+    """Validate an end-to-end model (v10, 26) by its one-to-one head, without NMS, or by its one-to-many head with NMS;
+    unset keeps the model's own choice."""
     coco_eval: Literal["hotcoco", "pycocotools"] = "hotcoco"
-    """Evaluator of the COCO metric. Both give the same bits; hotcoco is about a hundred times faster."""
-    workers: int = 8
-    """Data-loading processes of each rank (never more than its share of the cores); 0 loads in the rank itself."""
+    """Evaluator of the COCO metric. Both give the same bits; hotcoco is much faster."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Computing:
+    """Precision and memory order."""
+
     mixed_precision: Precision | None = None
     """Precision of forward and backward: `auto` takes what the device does fast and safely; unset takes what
     `accelerate launch --mixed_precision` says, else fp32 (`no`)."""
     channels_last: bool = False
     """Keep weights and images in NHWC memory order: faster convolutions with bf16 and fp16."""
+    trust_checkpoint: bool = False
+    """Load a checkpoint that holds classes other than Ultralytics' and torch's; this runs the code that is in it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig(Data, Validation, Computing):
+    """What training and evaluation have in common; both also have `data` and `imgsz`, with defaults of their own."""
 
     @property
     def memory_format(self) -> torch.memory_format:
@@ -56,12 +82,11 @@ class EvalConfig:
 
     def faults(self) -> list[str]:
         """Every value that cannot work, one sentence each, with the flag to change."""
-        return (
-            _outside(self, 32, math.inf, "imgsz")
-            + _outside(self, 1, math.inf, "val_batch", "max_det")
-            + _outside(self, 0, 1, "conf", "iou")
-            + _outside(self, 0, math.inf, "workers")
-        )
+        faults = _outside(self, 32, math.inf, "imgsz") + _outside(self, 1, math.inf, "val_batch", "max_det")
+        faults += _outside(self, 0, 1, "conf", "iou") + _outside(self, 0, math.inf, "workers")
+        if self.classes is not None and (not self.classes or min(self.classes) < 0):
+            faults.append(f"--classes is {list(self.classes)}; it must be one or more class indices from 0.")
+        return faults
 
     def check(self) -> None:
         """Raise one InputError that lists every fault, before a device is touched."""
@@ -70,23 +95,42 @@ class EvalConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(EvalConfig):
-    """Train a YOLO detector on one process or many. The defaults are Ultralytics' recipe."""
+class Training:
+    """Data set, model and length of the training."""
 
+    data: str = "shapes"
+    """The data set: an Ultralytics data YAML (a path, or a name such as coco8.yaml), or `shapes`, drawn on the spot."""
+    imgsz: int = 640
+    """Image size in pixels: the longer side is scaled to it. A multiple of the model's largest stride, usually 32."""
     model: str = "yolov8n.yaml"
     """An Ultralytics model YAML with its scale (yolov8n.yaml, yolo11s.yaml: from scratch), or a .pt checkpoint."""
     epochs: int = 100
     """How often every image is seen."""
+    time: float | None = None
+    """Hours: no epoch is begun that would end later, going by the last one."""
+    patience: int = 100
+    """Stop after this many epochs without a better 0.1·AP50 + 0.9·AP."""
     batch: int = 16
     """Global batch: images in one forward over all processes together; a multiple of their number."""
     nbs: int = 64
     """Nominal batch: gradients are summed over batches until they make up about this many images, then one step."""
+    fraction: float = 1.0
+    """Share of the train images to use, or their number where it is above 1."""
+    freeze: int | tuple[int | str, ...] | None = None
+    """Layers that are not trained: the first N, or several by index or name (`--freeze 0 1 22.cv2`)."""
     local_loss_norm: bool = False
     """Divide each rank's loss by that rank's own target-score sum, as Ultralytics does, not by the global sum."""
     sync_bn: bool = False
     """Share BatchNorm statistics between processes (CUDA only)."""
+    seed: int = 0
+    """Seed of the initial weights, of the order and of the augmentation."""
 
-    optimizer: Literal["auto", "SGD", "Adam", "AdamW", "MuSGD"] = "auto"
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Optimizer, learning rate and loss."""
+
+    optimizer: Literal["auto", "SGD", "MuSGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop"] = "auto"
     """`auto`, as in Ultralytics: MuSGD above 10,000 steps, else AdamW, with a learning rate made from the number of
     classes; lr0, momentum and warmup_bias_lr are then not used."""
     lr0: float = 0.01
@@ -96,7 +140,7 @@ class TrainConfig(EvalConfig):
     cos_lr: bool = False
     """Cosine instead of linear decay of the learning rate."""
     momentum: float = 0.937
-    """Momentum of SGD and MuSGD, beta1 of Adam and AdamW."""
+    """Momentum of SGD, MuSGD and RMSprop, beta1 of the Adams."""
     weight_decay: float = 0.0005
     """Weight decay, scaled by the images of one step over nbs."""
     warmup_epochs: float = 3.0
@@ -105,22 +149,26 @@ class TrainConfig(EvalConfig):
     """Momentum at the start of the warm-up."""
     warmup_bias_lr: float = 0.1
     """Learning rate of the biases at the start of the warm-up, from where it falls."""
-    patience: int = 100
-    """Stop after this many epochs without a better 0.1·AP50 + 0.9·AP."""
-
     box: float = 7.5
     """Gain of the box loss."""
     cls: float = 0.5
     """Gain of the class loss."""
+    cls_pw: float = 0.0
+    """Weigh classes by their frequency to minus this power; 0 for no weights, 1 for the inverse frequency."""
     dfl: float = 1.5
     """Gain of the distribution focal loss."""
 
+
+@dataclass(frozen=True, kw_only=True)
+class Augmentation:
+    """Augmentation of training images."""
+
     hsv_h: float = 0.015
-    """Hue augmentation, as a share."""
+    """Hue, as a share."""
     hsv_s: float = 0.7
-    """Saturation augmentation, as a share."""
+    """Saturation, as a share."""
     hsv_v: float = 0.4
-    """Brightness augmentation, as a share."""
+    """Brightness, as a share."""
     degrees: float = 0.0
     """Rotation, in degrees either way."""
     translate: float = 0.1
@@ -145,19 +193,35 @@ class TrainConfig(EvalConfig):
     """Probability of pasting in a part of a second image."""
     copy_paste: float = 0.0
     """Probability of copying objects by their polygons."""
+    copy_paste_mode: Literal["flip", "mixup"] = "flip"
+    """Copy objects from the mirrored image or from a second one."""
     close_mosaic: int = 10
     """Last epochs without mosaic, mixup, cutmix and copy-paste."""
+    multi_scale: float = 0.0
+    """Scale each batch by up to this share either way: the same size on every rank."""
+    rect: bool = False
+    """Train on batches of images of similar aspect ratio with little padding, without mosaic and mixing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """Where results go."""
 
     project: str = "runs/detect"
     """Folder that holds the runs."""
     name: str = "exp"
     """Name of the run's folder; exp2, exp3, … where it is taken."""
+    strict: bool = False
+    """End where an image or a label file is faulty, instead of leaving it out."""
     log_interval: int = 50
     """Optimizer steps between two lines of losses within an epoch."""
     trackers: tuple[str, ...] = ("wandb",)
     """Experiment trackers of Accelerate (wandb, tensorboard, …); `--trackers none` for none."""
-    seed: int = 0
-    """Seed of the initial weights, of the order and of the augmentation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(Training, Recipe, Augmentation, Output, EvalConfig):
+    """Train a YOLO detector on one process or many. The defaults are Ultralytics' recipe."""
 
     @property
     def used_trackers(self) -> list[str]:
@@ -166,21 +230,25 @@ class TrainConfig(EvalConfig):
 
     def faults(self) -> list[str]:
         """Every value that cannot work, one sentence each, with the flag to change."""
-        return (
-            super().faults()
-            + _outside(self, 1, math.inf, "epochs", "batch", "nbs", "patience", "log_interval")
-            + _outside(self, 0, math.inf, "lr0", "lrf", "weight_decay", "warmup_epochs", "warmup_bias_lr", "seed")
-            + _outside(self, 0, math.inf, "close_mosaic", "box", "cls", "dfl")
-            + _outside(self, 0, 0.9999, "momentum", "warmup_momentum")
-            + _outside(self, 0, 1, "hsv_h", "hsv_s", "hsv_v", "translate", "scale", "flipud", "fliplr", "bgr")
-            + _outside(self, 0, 1, "mosaic", "mixup", "cutmix", "copy_paste")
-            + _outside(self, 0, 0.001, "perspective")
-        )
+        faults = super().faults() + _outside(self, 1, math.inf, "epochs", "batch", "nbs", "patience", "log_interval")
+        faults += _outside(self, 0, math.inf, "lr0", "lrf", "weight_decay", "warmup_epochs", "warmup_bias_lr", "seed")
+        faults += _outside(self, 0, math.inf, "close_mosaic", "box", "cls", "dfl", "degrees", "shear")
+        faults += _outside(self, 0, 0.9999, "momentum", "warmup_momentum", "multi_scale")
+        faults += _outside(self, 0, 1, "hsv_h", "hsv_s", "hsv_v", "translate", "scale", "flipud", "fliplr", "bgr")
+        faults += _outside(self, 0, 1, "mosaic", "mixup", "cutmix", "copy_paste", "cls_pw")
+        faults += _outside(self, 0, 0.001, "perspective") + _outside(self, 1e-9, math.inf, "fraction")
+        if self.time is not None:
+            faults += _outside(self, 0, math.inf, "time")
+        if self.rect and self.multi_scale:
+            faults.append("--rect and --multi-scale contradict each other: both set the shape of a batch.")
+        if "none" in self.trackers and len(self.trackers) > 1:
+            faults.append(f"--trackers is {list(self.trackers)}; name trackers or `none`, not both.")
+        return faults
 
 
 @dataclass(frozen=True, kw_only=True)
-class ValConfig(EvalConfig):
-    """Evaluate a YOLO checkpoint with COCO's metric on one process or many."""
+class Evaluating:
+    """What to evaluate."""
 
     weights: str
     """The checkpoint to evaluate: best.pt or last.pt of a run, or any Ultralytics detection model."""
@@ -193,9 +261,103 @@ class ValConfig(EvalConfig):
     save_dir: str = ""
     """Folder for metrics.json, predictions.json and ground_truth.json; unset makes runs/detect/val, val2, …"""
 
+
+@dataclass(frozen=True, kw_only=True)
+class ValConfig(Evaluating, EvalConfig):
+    """Evaluate a YOLO checkpoint with COCO's metric on one process or many."""
+
     def with_defaults(self, trained: dict[str, Any]) -> "ValConfig":
         """This configuration with what is unset taken from the checkpoint's training arguments."""
         data, imgsz = self.data or trained.get("data") or "", self.imgsz or trained.get("imgsz") or 640
         if not data:
             raise InputError(f"{self.weights} does not say what it was trained on; name the data set with --data.")
         return replace(self, data=str(data), imgsz=int(imgsz))
+
+
+def _outside(config: Any, low: float, high: float, *names: str) -> list[str]:
+    """One sentence for each of the named options whose value is not between low and high."""
+    wanted = f"between {low:g} and {high:g}" if high < math.inf else f"{low:g} or more"
+    return [
+        f"--{name.replace('_', '-')} is {getattr(config, name)!r}; it must be {wanted}."
+        for name in names
+        if not low <= getattr(config, name) <= high
+    ]
+
+
+# Reading --------------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True, kw_only=True)
+class File:
+    """Options from a file."""
+
+    cfg: str = ""
+    """A YAML or JSON file of options, below what the command line says: Ultralytics' args.yaml, or a run's
+    config.json, which repeats that run."""
+
+
+def parse(kind: type[C], description: str, arguments: list[str] | None = None) -> tuple[C, list[str]]:
+    """The configuration from the command line and the file that `--cfg` names, and warnings to tell.
+
+    Raises:
+        InputError: the file is not there, or is no mapping, or has a value of another type.
+        SystemExit: the command line is wrong (tyro says how, exit code 2) or asks for help.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    values, warnings = _read_file(kind, _cfg_of(arguments))
+    # tyro wants a value for what may also be unset
+    pairs = {"--end2end": ["--end2end", "True"], "--no-end2end": ["--end2end", "False"]}
+    arguments = [part for argument in arguments for part in pairs.get(argument, [argument])]
+    groups = [base for base in kind.__mro__[1:] if dataclasses.is_dataclass(base) and base is not EvalConfig]
+    members: list[tuple[str, Any, Any]] = []
+    for group in [*groups, File]:
+        given = {field.name: values[field.name] for field in dataclasses.fields(group) if field.name in values}
+        required = {field.name for field in dataclasses.fields(group) if field.default is dataclasses.MISSING}
+        default = group(**given, **dict.fromkeys(required - set(given), tyro.MISSING))
+        flat = tyro.conf.OmitArgPrefixes[group]  # type: ignore[valid-type]
+        members.append((group.__name__.lower(), flat, dataclasses.field(default=default)))
+    parsed: Any = tyro.cli(dataclasses.make_dataclass("Options", members), args=arguments, description=description)
+    options = {key: value for name, _, _ in members for key, value in vars(getattr(parsed, name)).items()}
+    del options["cfg"]
+    return kind(**options), warnings
+
+
+def _cfg_of(arguments: list[str]) -> str:
+    """The file that `--cfg` names."""
+    for i, argument in enumerate(arguments):
+        if argument.startswith("--cfg="):
+            return argument.removeprefix("--cfg=")
+        if argument == "--cfg" and i + 1 < len(arguments):
+            return arguments[i + 1]
+    return ""
+
+
+def _read_file(kind: type[EvalConfig], file: str) -> tuple[dict[str, Any], list[str]]:
+    """The options of a file by name, in their types, and a warning that names those this project does not have."""
+    if not file:
+        return {}, []
+    load: Callable[[str], Any] = json.loads if file.endswith(".json") else yaml.safe_load
+    try:
+        content = load(Path(file).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"--cfg {file} cannot be read: {error}") from None
+    except (ValueError, yaml.YAMLError) as error:
+        raise InputError(f"--cfg {file} is not {'JSON' if file.endswith('.json') else 'YAML'}: {error}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"--cfg {file} holds no options; it must be a mapping such as `epochs: 50`.")
+    known = {field.name: field for field in dataclasses.fields(kind)}
+    # Ultralytics' files list all its options: what is unset, or stands at its default, asks for nothing.
+    defaults = vars(get_cfg())
+    asked = {k: v for k, v in content.items() if v is not None and not (k not in known and defaults.get(k, ...) == v)}
+    unknown = sorted(str(key) for key in asked if key not in known and key != "versions")
+    values: dict[str, Any] = {}
+    faults = []
+    for name in asked:
+        if name in known:
+            try:
+                wanted: Any = known[name].type
+                values[name] = pydantic.TypeAdapter(wanted).validate_python(asked[name])
+            except pydantic.ValidationError as error:
+                faults.append(f"--cfg {file}: {name} is {asked[name]!r}; {error.errors()[0]['msg'].lower()}.")
+    if faults:
+        raise InputError("\n".join(faults))
+    warnings = [f"warning: {file} sets {', '.join(unknown)}, which this project does not have"] if unknown else []
+    return values, warnings

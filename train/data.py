@@ -9,6 +9,7 @@ import json
 import math
 import os
 import random
+import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -24,7 +25,7 @@ from accelerate.utils import gather_object
 from PIL import Image
 from torch.utils.data import DataLoader
 from ultralytics.cfg import get_cfg
-from ultralytics.data.augment import Compose, v8_transforms
+from ultralytics.data.augment import Albumentations, Compose, v8_transforms
 from ultralytics.data.dataset import YOLODataset
 from ultralytics.data.utils import IMG_FORMATS, exif_size, img2label_paths
 from ultralytics.utils import ROOT
@@ -48,8 +49,8 @@ class DataFiles:
     channels: int
     splits: dict[str, Any]  # train, val, test as the YAML gives them
 
-    def images(self, split: str) -> list[str]:
-        """Sorted image paths of a split.
+    def images(self, split: str, fraction: float = 1.0) -> list[str]:
+        """Sorted image paths of a split, or the first of them: a share, or a number where `fraction` is above 1.
 
         Raises:
             InputError: the YAML does not name the split, or what it names is not there or holds no image.
@@ -70,7 +71,7 @@ class DataFiles:
         files = sorted({file for file in files if file.rpartition(".")[2].lower() in IMG_FORMATS})
         if not files:
             raise InputError(f"{self.name}: no images in {', '.join(str(self.root / e) for e in _as_list(entries))}.")
-        return files
+        return files[: max(1, round(fraction * len(files)))] if fraction <= 1 else files[: round(fraction)]
 
 
 def _as_list(entries: Any) -> list:
@@ -86,7 +87,7 @@ def _listed(line: str, beside: Path, root: Path) -> str:
     return str(root / line)
 
 
-def find_data(data: str) -> DataFiles:
+def find_data(data: str, single_cls: bool = False) -> DataFiles:
     """Resolve `--data`; nothing in the YAML is executed and nothing is downloaded. Call it on one process: it may draw.
 
     Raises:
@@ -116,6 +117,7 @@ def find_data(data: str) -> DataFiles:
         raise InputError(f"{path} says nc: {content['nc']} but names {len(names)} classes.")
     splits = {split: content[split] for split in ("train", "val", "test") if content.get(split)}
     root = _root(path, content.get("path"), splits)
+    names = {0: "item"} if single_cls else names
     return DataFiles(str(path), root, names, int(content.get("channels", 3)), splits)
 
 
@@ -217,12 +219,15 @@ def _read_image(im_file: str, label_file: str, image_id: int, classes: int) -> L
         return f"{im_file}: not a readable image ({error})"
 
 
-def scan(files: list[str], classes: int, accelerator: Accelerator) -> tuple[list[Labels], list[str]]:
+def scan(
+    files: list[str], names: dict[int, str], config: EvalConfig, accelerator: Accelerator
+) -> tuple[list[Labels], list[str]]:
     """Read all labels of a split, each rank a share of them (collective).
 
     Returns the usable images in the order of `files`, and one sentence for each that is left out. Nothing is written
     to the data folder.
     """
+    classes = sys.maxsize if config.single_cls else len(names)
     share = range(accelerator.process_index, len(files), accelerator.num_processes)
     label_files, ids = img2label_paths(files), image_ids(files)
     with ThreadPool(min(8, os.cpu_count() or 1)) as pool:
@@ -230,11 +235,25 @@ def scan(files: list[str], classes: int, accelerator: Accelerator) -> tuple[list
     found = [
         entry for _, entry in sorted((pair for part in gather_object([mine]) for pair in part), key=lambda p: p[0])
     ]
-    return [e for e in found if isinstance(e, Labels)], [e for e in found if isinstance(e, str)]
+    usable = [_chosen(entry, config) for entry in found if isinstance(entry, Labels)]
+    return usable, [entry for entry in found if isinstance(entry, str)]
 
 
-def check_usable(name: str, train: list[Labels] | None, val: list[Labels], faults: list[str]) -> None:
-    """Raise InputError where nothing is left to train on or to validate on."""
+def _chosen(entry: Labels, config: EvalConfig) -> Labels:
+    """The labels of the chosen classes, as one class where that is asked for."""
+    if config.classes is not None:
+        keep = np.isin(entry.cls, config.classes)
+        segments = [segment for segment, kept in zip(entry.segments, keep, strict=False) if kept]
+        entry = replace(entry, cls=entry.cls[keep], boxes=entry.boxes[keep], segments=segments)
+    return replace(entry, cls=np.zeros_like(entry.cls)) if config.single_cls else entry
+
+
+def check_usable(
+    name: str, train: list[Labels] | None, val: list[Labels], faults: list[str], strict: bool = False
+) -> None:
+    """Raise InputError where nothing is left to train on or to validate on, or, if strict, where a file is faulty."""
+    if strict and faults:
+        raise InputError("--strict, and these files are faulty:\n" + "\n".join(faults))
     reason = f" First of {len(faults)} faults: {faults[0]}" if faults else ""
     if train is not None and not any(len(entry.cls) for entry in train):
         raise InputError(f"{name}: no train image has a usable label.{reason}")
@@ -306,8 +325,13 @@ class _Partners:
 class TrainSet(_Images):
     """Augmented training images by (epoch, position); see the module's first lines."""
 
-    def __init__(self, labels: list[Labels], names: dict[int, str], channels: int, config: TrainConfig):
-        self.config = config
+    def __init__(
+        self, labels: list[Labels], names: dict[int, str], channels: int, config: TrainConfig, stride: int = 32
+    ):
+        if config.rect:
+            config = replace(config, mosaic=0.0, mixup=0.0, cutmix=0.0)
+        self.config, self._stride = config, stride
+        self._ratios = np.array([entry.shape[0] / entry.shape[1] for entry in labels])  # height / width
         self._decoded: dict[int, tuple] = {}
         self._order: tuple[int, np.ndarray] = (-1, np.zeros(0, int))
         super().__init__(labels, names, channels, imgsz=config.imgsz, hyp=augmentation(config))
@@ -317,7 +341,11 @@ class TrainSet(_Images):
         self.partners = _Partners(self)
         closed = replace(self.config, mosaic=0.0, mixup=0.0, cutmix=0.0, copy_paste=0.0)
         self.closed_transforms = self._transforms(augmentation(closed))
-        return self._transforms(hyp)
+        transforms = self._transforms(hyp)
+        # Albumentations, where it is installed, has generators of its own.
+        steps = (*transforms.transforms, *self.closed_transforms.transforms)
+        self.albumentations = [s.transform for s in steps if isinstance(s, Albumentations) and s.transform is not None]
+        return transforms
 
     def _transforms(self, hyp: Any) -> Compose:
         transforms = v8_transforms(self.partners, self.imgsz, hyp)
@@ -329,11 +357,24 @@ class TrainSet(_Images):
     def order(self, epoch: int) -> np.ndarray:
         """Image index by position. A set smaller than the batch is repeated until it fills one."""
         if self._order[0] != epoch:
-            rng = np.random.default_rng([self.config.seed, epoch])
-            rounds = math.ceil(self.config.batch / len(self))
-            order = np.concatenate([rng.permutation(len(self)) for _ in range(rounds)])
-            self._order = epoch, order[: max(self.config.batch, len(self))]
+            rng, batch = np.random.default_rng([self.config.seed, epoch]), self.config.batch
+            order = np.concatenate([rng.permutation(len(self)) for _ in range(math.ceil(batch / len(self)))])
+            order = order[: max(batch, len(self))]
+            if self.config.rect:  # batches of neighbours by aspect ratio, in another order each epoch
+                order = order[np.argsort(self._ratios[order], kind="stable")]
+                batches = len(order) // batch
+                first = int(rng.integers(len(order) - batches * batch + 1))  # the remainder that is dropped varies
+                order = rng.permutation(order[first : first + batches * batch].reshape(batches, batch)).ravel()
+            self._order = epoch, order
         return self._order[1]
+
+    def _rect_shape(self, epoch: int, position: int) -> np.ndarray:
+        """(height, width) of the batch that a position belongs to: Ultralytics' rule over the batch's aspect ratios."""
+        start = position // self.config.batch * self.config.batch
+        ratios = self._ratios[self.order(epoch)[start : start + self.config.batch]]
+        low, high = ratios.min(), ratios.max()
+        shape = (high, 1.0) if high < 1 else (1.0, 1 / low) if low > 1 else (1.0, 1.0)
+        return np.ceil(np.array(shape) * self.config.imgsz / self._stride).astype(int) * self._stride
 
     def group(self, epoch: int, position: int) -> np.ndarray:
         """Images of the aligned group of 16 positions; the last group reaches back so that it is full too."""
@@ -355,11 +396,16 @@ class TrainSet(_Images):
         seed = int(np.random.SeedSequence([self.config.seed, epoch, position]).generate_state(1)[0])
         random.seed(seed)
         np.random.seed(seed)
+        for transform in self.albumentations:
+            transform.set_random_seed(seed)
         self.partners.indices = self.group(epoch, position).tolist()
         index = int(self.order(epoch)[position])
         closed = epoch >= self.config.epochs - self.config.close_mosaic
         transforms = self.closed_transforms if closed else self.transforms
-        sample = transforms(self.get_image_and_label(index))
+        label = self.get_image_and_label(index)
+        if self.config.rect:
+            label["rect_shape"] = self._rect_shape(epoch, position)
+        sample = transforms(label)
         return {key: sample[key] for key in ("im_file", "img", "cls", "bboxes", "batch_idx")}
 
     def __getitems__(self, keys: list[tuple[int, int]]) -> list[dict[str, Any]]:

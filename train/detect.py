@@ -13,7 +13,7 @@ import time
 from functools import partial
 from pathlib import Path
 
-import tyro
+import numpy as np
 from torch import nn
 
 from train.checkpoint import new_folder, save
@@ -29,10 +29,11 @@ from train.model import (
     fetch_weights,
     inference_copy,
     largest_stride,
+    set_class_weights,
     use_global_loss,
 )
 from train.optim import Schedule, build_optimizer
-from train.processes import on_main, run, said_once, start_processes, sync_from_main
+from train.processes import on_main, run, start_processes, sync_from_main
 from train.report import Report
 
 
@@ -47,12 +48,12 @@ def main(config: TrainConfig) -> None:
         raise InputError(f"--batch is {config.batch}; it must be divisible by the {ranks} processes, as {nearest} is.")
 
     # Data: each rank reads a share of the labels, then every rank knows all of them.
-    data = on_main(accelerator, lambda: find_data(config.data))
-    train_files, val_files = data.images("train"), data.images("val")
+    data = on_main(accelerator, lambda: find_data(config.data, config.single_cls))
+    train_files, val_files = data.images("train", config.fraction), data.images("val")
     report.say(f"reading the labels of {len(train_files)} train and {len(val_files)} val images")
-    train_labels, train_faults = scan(train_files, len(data.names), accelerator)
-    val_labels, val_faults = scan(val_files, len(data.names), accelerator)
-    check_usable(data.name, train_labels, val_labels, train_faults + val_faults)
+    train_labels, train_faults = scan(train_files, data.names, config, accelerator)
+    val_labels, val_faults = scan(val_files, data.names, config, accelerator)
+    check_usable(data.name, train_labels, val_labels, train_faults + val_faults, config.strict)
     truth = ground_truth(val_labels, data.names)
 
     # Model, its average, and the loss. The average is copied before anything of this run hangs on the model.
@@ -60,6 +61,8 @@ def main(config: TrainConfig) -> None:
     model, origin = build_model(config, source, data.names, data.channels)
     stride = largest_stride(model)
     check_imgsz(config.imgsz, stride)
+    counts = np.bincount(np.concatenate([labels.cls for labels in train_labels]).astype(int), minlength=len(data.names))
+    set_class_weights(model, counts, config.cls_pw)
     model = model.to(accelerator.device, memory_format=config.memory_format)
     ema = ModelEMA(model)
     if config.sync_bn and ranks > 1 and accelerator.device.type == "cuda":
@@ -68,7 +71,7 @@ def main(config: TrainConfig) -> None:
         use_global_loss(model, lambda value: accelerator.reduce(value, "sum"), ranks)
     detector = model  # without the wrapping that prepare() adds
 
-    train_set = TrainSet(train_labels, data.names, data.channels, config)
+    train_set = TrainSet(train_labels, data.names, data.channels, config, stride)
     val_set = ValSet(val_labels, data.names, data.channels, config.imgsz, stride)
     schedule = Schedule(config, images=len(train_set), classes=len(data.names))
     optimizer = build_optimizer(model, schedule)
@@ -100,6 +103,9 @@ def main(config: TrainConfig) -> None:
             best, best_epoch = result, epoch
         report.epoch(epoch, losses, optimizer, result, best, best_epoch, ema.updates, time.perf_counter() - trained)
         on_main(accelerator, partial(save, ema.ema, config, epoch, result.metrics, weights, best=best_epoch == epoch))
+        if report.no_time_left(config.time):
+            report.say(f"stopping: another epoch would not end within {config.time:g} hours (--time)")
+            break
         if epoch - best_epoch >= config.patience:
             report.say(f"stopping: no better epoch than {best_epoch + 1} for {config.patience} epochs (--patience)")
             break
@@ -113,6 +119,4 @@ def main(config: TrainConfig) -> None:
 
 
 if __name__ == "__main__":
-    with said_once():
-        options = tyro.cli(TrainConfig, description=__doc__)
-    run(lambda: main(options))
+    run(main, TrainConfig, __doc__)

@@ -1,15 +1,18 @@
 """One epoch of training: forward, loss, backward, clip, step, EMA."""
 
+import math
 from contextlib import nullcontext
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from train.config import TrainConfig
 from train.data import as_images
-from train.model import ModelEMA
+from train.model import ModelEMA, frozen_norms, largest_stride
 from train.optim import Schedule
 from train.report import Report
 
@@ -52,6 +55,19 @@ class LossWindow:
         )
 
 
+def rescale(images: Tensor, ni: int, config: TrainConfig, stride: int) -> Tensor:
+    """Multi-scale training: the batch at a size drawn from the seed and the batch number, so that all ranks agree."""
+    if not config.multi_scale:
+        return images
+    low = max(stride, int(config.imgsz * (1 - config.multi_scale)))
+    high = int(config.imgsz * (1 + config.multi_scale) + stride)
+    size = int(np.random.default_rng([config.seed, ni]).integers(low, high)) // stride * stride
+    if size == max(images.shape[2:]):
+        return images
+    shape = [math.ceil(side * size / max(images.shape[2:]) / stride) * stride for side in images.shape[2:]]
+    return nn.functional.interpolate(images, size=shape, mode="bilinear", align_corners=False)
+
+
 def train_one_epoch(
     epoch: int,
     model: nn.Module,
@@ -76,14 +92,18 @@ def train_one_epoch(
         FloatingPointError: a loss is not finite.
     """
     config = schedule.config
-    model.train()
     detector = accelerator.unwrap_model(model)
+    model.train()
+    for norm in frozen_norms(detector):
+        norm.eval()
+    stride = largest_stride(detector)
     step_ends = schedule.step_ends(epoch)
     window = LossWindow(accelerator)
     epoch_total, epoch_images, steps = torch.zeros(()), 0, 0
     names: list[str] = []
     for i, batch in enumerate(loader):
-        batch["img"] = as_images(batch["img"], config.memory_format)
+        ni = epoch * schedule.batches + i
+        batch["img"] = rescale(as_images(batch["img"], config.memory_format), ni, config, stride)
         steps_now = i in step_ends
         with nullcontext() if steps_now else accelerator.no_sync(model):
             # Not model(batch): it would call forward inside forward, and Accelerate's autocast does not nest; it would
@@ -96,7 +116,7 @@ def train_one_epoch(
         window.add(torch.stack(list(items.values())), batch["im_file"])
         if not steps_now:
             continue
-        schedule.apply(optimizer, epoch, epoch * schedule.batches + i)
+        schedule.apply(optimizer, epoch, ni)
         accelerator.clip_grad_norm_(model.parameters(), max_norm=10.0)
         optimizer.step()
         optimizer.zero_grad()

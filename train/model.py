@@ -6,13 +6,16 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torchvision  # noqa: F401  # imported first: Ultralytics' NMS uses it only if it is already there
 from torch import Tensor, nn
 from ultralytics import __version__ as ultralytics_version
 from ultralytics.cfg import get_cfg
+from ultralytics.nn import tasks
 from ultralytics.nn.modules.head import Detect
 from ultralytics.nn.tasks import DetectionModel, load_checkpoint, yaml_model_load
+from ultralytics.utils.checks import check_yolov5u_filename
 from ultralytics.utils.downloads import GITHUB_ASSETS_NAMES, GITHUB_ASSETS_REPO, attempt_download_asset
 from ultralytics.utils.loss import E2ELoss, v8DetectionLoss
 from ultralytics.utils.nms import non_max_suppression
@@ -30,10 +33,11 @@ def fetch_weights(model: str) -> str:
     if path.suffix == ".pt":
         if path.is_file():
             return str(path)
-        if str(path) != path.name or path.name not in GITHUB_ASSETS_NAMES:
+        official = check_yolov5u_filename(path.name, verbose=False)  # yolov5n.pt is yolov5nu.pt here
+        if str(path) != path.name or official not in GITHUB_ASSETS_NAMES:
             raise InputError(f"There is no checkpoint {path} (looked in {path.absolute().parent}).")
         try:
-            return attempt_download_asset(path.name)
+            return attempt_download_asset(official)
         except (OSError, RuntimeError) as error:
             raise InputError(
                 f"{path.name} is not in {Path.cwd()} and could not be downloaded ({_first_line(error)}). "
@@ -55,15 +59,26 @@ def _first_line(error: BaseException) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
-def load_detector(weights: str) -> tuple[DetectionModel, dict[str, Any]]:
+def load_detector(weights: str, trust: bool = False) -> tuple[DetectionModel, dict[str, Any]]:
     """An Ultralytics detection checkpoint as (fp32 model in eval mode, the checkpoint's other entries).
 
-    The file is read with torch's weights-only rules and Ultralytics' list of allowed classes: it cannot run code.
+    The file is read with torch's weights-only rules and Ultralytics' list of allowed classes, so that it cannot run
+    code, unless it is trusted.
     """
+    tasks.SAFE_LOAD = not trust  # Ultralytics' switch for the process; load_checkpoint has no parameter for it
     try:
+        if any(name.startswith("models.") for name in torch.serialization.get_unsafe_globals_in_checkpoint(weights)):
+            name = Path(weights).stem
+            raise InputError(
+                f"{weights} is a checkpoint of the original YOLOv5 code. Use its successor {name}u.pt from "
+                f"https://github.com/{GITHUB_ASSETS_REPO}/releases, or train from scratch with {name}.yaml."
+            )
         model, checkpoint = load_checkpoint(weights)
+    except InputError:
+        raise
     except Exception as error:  # a broken pickle fails in as many ways as there are bytes
-        raise InputError(f"{weights} is not a checkpoint that can be loaded: {_first_line(error)}") from None
+        hint = "" if trust else " --trust-checkpoint loads classes other than Ultralytics' and torch's, and their code."
+        raise InputError(f"{weights} is not a checkpoint that can be loaded: {_first_line(error)}{hint}") from None
     if not isinstance(model, DetectionModel) or not isinstance(model.model[-1], Detect):
         task = getattr(model, "task", None) or type(model).__name__
         raise InputError(f"{weights} holds a {task} model; these scripts are for YOLO detection models.")
@@ -82,8 +97,11 @@ def build_model(config: TrainConfig, source: str, names: dict[int, str], channel
     weights = None
     yaml: dict | str = source
     if source.endswith(".pt"):
-        weights, _ = load_detector(source)
+        weights, _ = load_detector(source, config.trust_checkpoint)
         yaml = dict(weights.yaml)
+        own = weights.yaml.get("channels", 3)
+        if own != channels:
+            raise InputError(f"{config.model} takes images of {own} channels, the data set has {channels}.")
     else:
         head = str(yaml_model_load(source)["head"][-1][2])
         if head not in ("Detect", "v10Detect"):
@@ -104,10 +122,61 @@ def build_model(config: TrainConfig, source: str, names: dict[int, str], channel
             if before[key].shape == value.shape or (key in given and given[key].shape == value.shape)
         )
         origin = f"{taken} of {len(after)} tensors from {config.model}"
+    if config.end2end is not None:
+        set_end2end(model, config.end2end, config.model)
     model.args = get_cfg(overrides={"box": config.box, "cls": config.cls, "dfl": config.dfl, "epochs": config.epochs})
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad = ".dfl" not in name  # the DFL's weights are the integers it sums over
+    frozen = _frozen_layers(model, config.freeze)
+    for name, parameter in model.named_parameters():  # the DFL's weights are the integers it sums over
+        parameter.requires_grad = ".dfl" not in name and not name.startswith(frozen)
     return model, origin
+
+
+def set_end2end(model: DetectionModel, end2end: bool, source: str) -> None:
+    """Choose the head that validation uses: one-to-one without NMS, or one-to-many with NMS."""
+    head = model.model[-1]
+    if end2end and getattr(head, "one2one_cv2", None) is None:
+        raise InputError(f"--end2end was given, but {source} has no one-to-one head (v10 and 26 have one).")
+    if not end2end and head.cv2 is None:
+        raise InputError(f"--no-end2end was given, but {source} has lost its one-to-many head; it was fused.")
+    head.end2end = end2end
+
+
+def _frozen_layers(model: DetectionModel, freeze: int | tuple[int | str, ...] | None) -> tuple[str, ...]:
+    """Prefixes of the parameters that are not trained: of the first N layers, or of layers by index or name."""
+    layers = len(model.model)
+    wanted = () if freeze is None else tuple(range(freeze)) if isinstance(freeze, int) else freeze
+    prefixes = tuple(f"model.{layer}." for layer in wanted)
+    unknown = [p for p in prefixes if not any(name.startswith(p) for name, _ in model.named_modules())]
+    without = [p for p in unknown if not any(f"{name}." == p for name, _ in model.named_modules())]
+    if without or (isinstance(freeze, int) and not 0 <= freeze < layers):
+        value = freeze if isinstance(freeze, int) else " ".join(map(str, wanted))
+        raise InputError(
+            f"--freeze is {value}; this model has the layers 0 to {layers - 1}, and at least one must train."
+        )
+    if prefixes and all(name.startswith(prefixes) for name, _ in model.named_parameters() if ".dfl" not in name):
+        raise InputError("--freeze leaves no layer to train.")
+    return prefixes
+
+
+def frozen_norms(model: nn.Module) -> list[nn.Module]:
+    """BatchNorms of frozen layers; like Ultralytics, training keeps their statistics too."""
+    norms = (module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm))
+    return [norm for norm in norms if norm.weight is not None and not norm.weight.requires_grad]
+
+
+def set_class_weights(model: DetectionModel, counts: np.ndarray, power: float) -> None:
+    """Weigh classes by frequency to minus `power`, mean 1; a class without labels gets the mean, as in Ultralytics.
+
+    Args:
+        model: keeps the weights for its loss.
+        counts: (classes,) labels of each class.
+        power: 0 for no weights.
+    """
+    if not power or not counts.any():
+        return
+    weights = (1.0 / np.where(counts > 0, counts, 1.0)) ** power
+    weights = np.where(counts > 0, weights, weights[counts > 0].mean())
+    model.class_weights = torch.from_numpy((weights / weights.mean()).astype(np.float32))
 
 
 def largest_stride(model: DetectionModel) -> int:

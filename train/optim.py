@@ -156,6 +156,8 @@ def build_optimizer(model: nn.Module, schedule: Schedule) -> torch.optim.Optimiz
         return MuSGD(groups, lr=lr, momentum=momentum, nesterov=True, muon=0.2, sgd=1.0)
     if name == "SGD":
         return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=True)
-    fused = next(model.parameters()).is_cuda  # lets the gradient scaler skip a step without a host sync
-    adam = {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}[name]
-    return adam(groups, lr=lr, betas=(momentum, 0.999), weight_decay=0.0, fused=fused)
+    if name == "RMSprop":
+        return torch.optim.RMSprop(groups, lr=lr, momentum=momentum)
+    # fused lets the gradient scaler skip a step without a host sync
+    fused = {"fused": next(model.parameters()).is_cuda} if name in ("Adam", "AdamW") else {}
+    return getattr(torch.optim, name)(groups, lr=lr, betas=(momentum, 0.999), weight_decay=0.0, **fused)

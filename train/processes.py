@@ -25,7 +25,7 @@ from accelerate.utils import (
     set_seed,
 )
 
-from train.config import InputError, Precision
+from train.config import C, InputError, Precision, parse
 
 T = TypeVar("T")
 CONFIGS = Path(__file__).resolve().parent.parent / "accelerate_configs"
@@ -182,14 +182,18 @@ def said_once() -> Iterator[None]:
         yield
 
 
-def run(main: Callable[[], None]) -> None:
-    """Run a script's main; what a person can mend is one message from rank 0, not a traceback from each rank.
+def run(main: Callable[[C], None], kind: type[C], description: str) -> None:
+    """Read the options and run a script's main with them.
 
-    Exit code 2 stands for bad input, 1 for a loss that is no longer a number.
+    What a person can mend is one message from rank 0, not a traceback from each rank: exit code 2 for bad input, 1 for
+    a loss that is no longer a number.
     """
     code = 0
     try:
-        main()
+        with said_once():
+            config, warnings = parse(kind, description)
+            print("\n".join(warnings), end="\n" * bool(warnings), file=sys.stderr)
+        main(config)
     except (InputError, FloatingPointError) as error:  # on all ranks alike
         with said_once():
             print(f"error: {error}", file=sys.stderr, flush=True)
@@ -245,9 +249,12 @@ def main() -> None:
     parser.add_argument("--cpus", type=_number, help="processes on the CPU")
     parser.add_argument("script", nargs=argparse.REMAINDER, help="-- the script and its options")
     options = parser.parse_args()
-    command = launch_command(options.gpus, options.cpus) + options.script[1:]
+    try:
+        command = launch_command(options.gpus, options.cpus) + options.script[1:]
+    except InputError as error:
+        parser.exit(2, f"error: {error}\n")
     os.execvp(command[0], command)
 
 
 if __name__ == "__main__":
-    run(main)
+    main()

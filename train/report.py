@@ -12,7 +12,7 @@ import platform
 import sys
 import time
 from dataclasses import asdict
-from importlib.metadata import version
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from train.config import EvalConfig, TrainConfig
 from train.data import Labels
 from train.optim import Schedule
 from train.plots import draw_validation
-from train.processes import processes
+from train.processes import on_main, processes
 
 PACKAGES = ("torch", "torchvision", "accelerate", "ultralytics", "hotcoco", "pycocotools", "wandb", "numpy")
 
@@ -38,6 +38,7 @@ class Report:
         self.accelerator = accelerator
         self.folder = Path()
         self.rows: list[dict[str, Any]] = []  # of results.csv
+        self.begun = time.perf_counter()
         self.images = 0  # trained on, over all ranks
         self.bar: tqdm | None = None
         self.logger = logging.getLogger("train")
@@ -62,7 +63,7 @@ class Report:
         """Start the rank's log and write config.json, now that all ranks know the run's folder."""
         self.folder = folder
         (folder / "logs").mkdir(exist_ok=True)
-        log = logging.FileHandler(folder / "logs" / f"rank{self.accelerator.process_index}.log")
+        log = logging.FileHandler(folder / "logs" / f"rank{self.accelerator.process_index}.log", encoding="utf-8")
         log.setFormatter(
             logging.Formatter(f"%(asctime)s rank{self.accelerator.process_index} %(levelname)s %(message)s")
         )
@@ -73,7 +74,8 @@ class Report:
             logger.removeHandler(self.early)
         self.handlers = [log]
         if self.accelerator.is_main_process:
-            versions = {package: version(package) for package in PACKAGES} | {"python": platform.python_version()}
+            versions = {d.name.lower(): d.version for d in distributions() if d.name.lower() in PACKAGES}
+            versions["python"] = platform.python_version()
             self._write("config.json", json.dumps(asdict(config) | {"versions": versions}, indent=2))
 
     def _write(self, name: str, text: str) -> None:
@@ -132,6 +134,12 @@ class Report:
         self.where, self.steps, self.images = f"epoch {epoch + 1}/{epochs}", steps, 0
         if self.accelerator.is_main_process and sys.stdout.isatty():
             self.bar = tqdm(total=steps, desc=self.where, unit="step", leave=False, dynamic_ncols=True, file=sys.stdout)
+
+    def no_time_left(self, hours: float | None) -> bool:
+        """Whether another epoch as long as the last would end after so many hours: the main process's clock decides."""
+        now = time.perf_counter()
+        late = hours is not None and now - self.begun + (now - self.started) > hours * 3600
+        return on_main(self.accelerator, lambda: late)
 
     def step_done(self) -> None:
         """Move the bar, where there is one."""

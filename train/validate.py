@@ -11,14 +11,12 @@ predictions.json and ground_truth.json into --save-dir.
 import time
 from pathlib import Path
 
-import tyro
-
 from train.checkpoint import new_folder
 from train.coco import evaluate, ground_truth
 from train.config import InputError, ValConfig
 from train.data import ValSet, check_usable, find_data, scan, val_loader
-from train.model import check_imgsz, fetch_weights, inference_copy, largest_stride, load_detector
-from train.processes import on_main, run, said_once, start_processes
+from train.model import check_imgsz, fetch_weights, inference_copy, largest_stride, load_detector, set_end2end
+from train.processes import on_main, run, start_processes
 from train.report import Report
 
 
@@ -26,18 +24,22 @@ def main(config: ValConfig) -> None:
     """Evaluate, from the checkpoint to the table. Every rank runs all of it."""
     accelerator, precision = start_processes(config.mixed_precision, [])
     report = Report(accelerator)
-    model, checkpoint = load_detector(on_main(accelerator, lambda: fetch_weights(config.weights)))
+    weights = on_main(accelerator, lambda: fetch_weights(config.weights))
+    model, checkpoint = load_detector(weights, config.trust_checkpoint)
     config = config.with_defaults(checkpoint.get("train_args") or {})
     config.check()
     stride = largest_stride(model)
     check_imgsz(config.imgsz, stride)
 
-    data = on_main(accelerator, lambda: find_data(config.data))
+    if config.end2end is not None:
+        set_end2end(model, config.end2end, config.weights)
+
+    data = on_main(accelerator, lambda: find_data(config.data, config.single_cls))
     if len(model.names) != len(data.names):
         raise InputError(f"{config.weights} knows {len(model.names)} classes, {data.name} names {len(data.names)}.")
     files = data.images(config.split)
     report.say(f"reading the labels of {len(files)} {config.split} images")
-    labels, faults = scan(files, len(data.names), accelerator)
+    labels, faults = scan(files, data.names, config, accelerator)
     check_usable(data.name, None, labels, faults)
     truth = ground_truth(labels, data.names)
     loader = val_loader(ValSet(labels, data.names, data.channels, config.imgsz, stride), config, accelerator)
@@ -56,6 +58,4 @@ def main(config: ValConfig) -> None:
 
 
 if __name__ == "__main__":
-    with said_once():
-        options = tyro.cli(ValConfig, description=__doc__)
-    run(lambda: main(options))
+    run(main, ValConfig, __doc__)

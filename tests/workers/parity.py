@@ -16,7 +16,7 @@ from train.data import TrainSet, find_data, scan, train_loader
 from train.engine import train_one_epoch
 from train.model import ModelEMA, build_model, use_global_loss
 from train.optim import Schedule, build_optimizer
-from train.processes import run, start_processes
+from train.processes import start_processes
 from train.report import Report
 
 data_yaml, out, mode = sys.argv[1], Path(sys.argv[2]), sys.argv[3] if len(sys.argv) > 3 else ""
@@ -39,7 +39,7 @@ def freeze_batchnorm(model: nn.Module) -> None:
 def main() -> None:
     accelerator, _ = start_processes("no", [], seed=1)
     data = find_data(config.data)
-    labels, _ = scan(data.images("train"), 3, accelerator)
+    labels, _ = scan(data.images("train"), data.names, config, accelerator)
     model, _ = build_model(config, config.model, data.names, 3)
     freeze_batchnorm(model)
     ema = ModelEMA(model)
@@ -81,6 +81,7 @@ def main() -> None:
     out.mkdir(exist_ok=True)
     torch.save({"start": start, "model": detector.state_dict(), "ema": ema.ema.state_dict()}, out / f"rank{rank}.pt")
     (out / f"rank{rank}.json").write_text(json.dumps({"seen": seen, "losses": losses, "updates": ema.updates}))
+    accelerator.end_training()
 
 
-run(main)
+main()

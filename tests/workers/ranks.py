@@ -6,17 +6,17 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
-from train.config import InputError
+from train.config import InputError, TrainConfig
 from train.processes import on_main, run, start_processes
 
-task = sys.argv[1] if len(sys.argv) > 1 else ""
+task = sys.argv.pop() if len(sys.argv) > 1 else ""
 
 
 def fail() -> None:
     raise InputError("only the main process knows")
 
 
-def main() -> None:
+def main(config: TrainConfig) -> None:
     if task == "alone":
         from accelerate.state import PartialState
 
@@ -46,4 +46,4 @@ def gather(accelerator: Accelerator) -> None:
     accelerator.print("gathered", accelerator.gather_for_metrics([mine], use_gather_object=True))
 
 
-run(main)
+run(main, TrainConfig, "")
