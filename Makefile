@@ -12,7 +12,7 @@ LAUNCH = @exec $(PY) -m train.processes --gpus "$(GPUS)" --cpus "$(CPUS)" --
 QUICK := --imgsz 160 --epochs 14 --batch 16 --nbs 16 --warmup-epochs 1 --mosaic 0 --channels-last
 LAST_WEIGHTS = $$(ls -t runs/detect/*/weights/best.pt 2>/dev/null | head -n 1)
 
-.PHONY: help train validate test check clean
+.PHONY: help train validate test fuzz check clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -22,7 +22,7 @@ help:  ## list the targets
 	@echo 'ARGS="--data coco.yaml --epochs 50" the options; $(PY) train/detect.py --help lists them.'
 
 train: .venv/installed  ## train, by default on the built-in shapes: make train GPUS=2 ARGS="--data coco.yaml"
-	$(LAUNCH) train/detect.py --mixed-precision $(PRECISION) $(if $(findstring --data,$(ARGS)),,$(QUICK)) $(ARGS)
+	$(LAUNCH) train/detect.py --mixed-precision $(PRECISION) $(if $(findstring --data,$(ARGS))$(findstring --cfg,$(ARGS)),,$(QUICK)) $(ARGS)
 
 validate: .venv/installed  ## evaluate, by default the newest best.pt: make validate ARGS="--weights x.pt --data coco.yaml"
 	$(LAUNCH) train/validate.py --mixed-precision $(PRECISION) \
@@ -30,6 +30,9 @@ validate: .venv/installed  ## evaluate, by default the newest best.pt: make vali
 
 test: .venv/installed-dev  ## run the tests
 	@exec $(PY) -m pytest $(ARGS)
+
+fuzz: .venv/installed  ## damaged labels and YAMLs for 60 seconds: no reader fails but by its own error
+	@exec $(PY) -m tests.fuzz $(or $(ARGS),60 $$(date +%s))
 
 check: .venv/installed-dev  ## format and lint (ruff), types (mypy)
 	@$(PY) -m ruff format --check . && $(PY) -m ruff check . && $(PY) -m mypy

@@ -74,7 +74,7 @@ class Theirs(DetectionTrainer):
 
 
 def close_groups(trainer: Theirs) -> None:
-    """Ours steps at an epoch's end; Ultralytics carries over. The warm-up's epoch closes by itself with these numbers."""
+    """Ours steps at an epoch's end, Ultralytics carries over; the warm-up's epoch closes by itself."""
     trainer.seen = getattr(trainer, "seen", 0) + 1
     if trainer.seen == 2 * BATCHES:
         trainer.accumulate = 1

@@ -13,6 +13,10 @@ os.environ.setdefault("YOLO_AUTOINSTALL", "0")  # never pip-install what a check
 os.environ.setdefault("ULTRALYTICS_SAFE_LOAD", "1")  # checkpoints load with torch's weights_only rules
 os.environ.setdefault("YOLO_VERBOSE", "false")  # no banner at import; train/report.py opens its log again
 
+settings: tempfile.TemporaryDirectory | None = None  # Ultralytics' settings of this process, removed when it ends
 if "YOLO_CONFIG_DIR" not in os.environ:
-    _settings = tempfile.TemporaryDirectory(prefix="ultralytics-")  # one a process, removed when it ends
-    os.environ["YOLO_CONFIG_DIR"] = _settings.name
+    settings = tempfile.TemporaryDirectory(prefix="ultralytics-")
+    os.environ["YOLO_CONFIG_DIR"] = settings.name
+
+if os.environ.get("MPLBACKEND", "").startswith("module://"):  # a notebook's, which scripts in their own Python lack
+    os.environ["MPLBACKEND"] = "Agg"

@@ -17,7 +17,6 @@ import pydantic
 import torch
 import tyro
 import yaml
-from ultralytics.cfg import get_cfg
 
 Precision = Literal["auto", "bf16", "fp16", "no"]
 C = TypeVar("C", bound="EvalConfig")
@@ -304,8 +303,8 @@ def parse(kind: type[C], description: str, arguments: list[str] | None = None) -
     arguments = sys.argv[1:] if arguments is None else arguments
     values, warnings = _read_file(kind, _cfg_of(arguments))
     # tyro wants a value for what may also be unset
-    pairs = {"--end2end": ["--end2end", "True"], "--no-end2end": ["--end2end", "False"]}
-    arguments = [part for argument in arguments for part in pairs.get(argument, [argument])]
+    pairs = {"--end2end": "--end2end=True", "--no-end2end": "--end2end=False"}
+    arguments = [pairs.get(argument, argument) for argument in arguments]
     groups = [base for base in kind.__mro__[1:] if dataclasses.is_dataclass(base) and base is not EvalConfig]
     members: list[tuple[str, Any, Any]] = []
     for group in [*groups, File]:
@@ -344,6 +343,8 @@ def _read_file(kind: type[EvalConfig], file: str) -> tuple[dict[str, Any], list[
     if not isinstance(content, dict):
         raise InputError(f"--cfg {file} holds no options; it must be a mapping such as `epochs: 50`.")
     known = {field.name: field for field in dataclasses.fields(kind)}
+    from ultralytics.cfg import get_cfg  # not for the launcher: importing it sets OMP_NUM_THREADS
+
     # Ultralytics' files list all its options: what is unset, or stands at its default, asks for nothing.
     defaults = vars(get_cfg())
     asked = {k: v for k, v in content.items() if v is not None and not (k not in known and defaults.get(k, ...) == v)}

@@ -5,6 +5,8 @@ pixels, follow from (seed, epoch, p) alone. Validation batches follow from the d
 Neither knows the number of processes or workers, so both are the same for any.
 """
 
+import glob
+import hashlib
 import json
 import math
 import os
@@ -18,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pydantic
 import torch
 import yaml
 from accelerate import Accelerator
@@ -60,11 +63,16 @@ class DataFiles:
             raise InputError(f"{self.name} names no `{split}` images; add a line `{split}: folder-or-list.txt`.")
         files: list[str] = []
         for entry in entries if isinstance(entries, list) else [entries]:
-            path = self.root / entry
-            if path.is_dir():
-                files += (str(file) for file in path.rglob("*.*"))
-            elif path.is_file():
-                lines = path.read_text(encoding="utf-8-sig").split("\n")
+            path = _located(self.root, entry)
+            if os.path.isdir(path):  # unlike pathlib's, these take any string
+                files += glob.glob(str(Path(glob.escape(str(path))) / "**" / "*.*"), recursive=True)  # follows links
+            elif os.path.isfile(path):
+                try:
+                    lines = path.read_text(encoding="utf-8-sig").split("\n")
+                except ValueError:
+                    raise InputError(
+                        f"{self.name} says `{split}: {entry}`, but {path} is not a list in UTF-8."
+                    ) from None
                 files += (_listed(line.strip(), path.parent, self.root) for line in lines if line.strip())
             else:
                 raise InputError(f"{self.name} says `{split}: {entry}`, but there is no {path}.")
@@ -72,6 +80,14 @@ class DataFiles:
         if not files:
             raise InputError(f"{self.name}: no images in {', '.join(str(self.root / e) for e in _as_list(entries))}.")
         return files[: max(1, round(fraction * len(files)))] if fraction <= 1 else files[: round(fraction)]
+
+
+def _located(root: Path, entry: str) -> Path:
+    """The path of a split's entry; like Ultralytics, without a leading ../ where only that is there."""
+    path = root / entry
+    if entry.startswith("../") and not os.path.exists(path) and os.path.exists(root / entry[3:]):
+        return root / entry[3:]
+    return path
 
 
 def _as_list(entries: Any) -> list:
@@ -95,39 +111,61 @@ def find_data(data: str, single_cls: bool = False) -> DataFiles:
     """
     if data == "shapes":
         data = str(draw_shapes(Path("datasets")))
-    path = Path(data).expanduser()
-    if not path.is_file():
+    path = Path(os.path.expanduser(data))
+    if not os.path.isfile(path):
         packaged = ROOT / "cfg" / "datasets" / path.name
         if path.suffix not in (".yaml", ".yml") or str(path) != path.name or not packaged.is_file():
             raise InputError(f"--data is {data!r}, but there is no such file (looked for {path.absolute()}).")
         path = packaged
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not YAML: {error}") from None
-    if not isinstance(content, dict) or "names" not in content:
-        raise InputError(f"{path} has no `names`; a data YAML lists train, val and the class names.")
-    names = content["names"]
-    names = {int(k): str(v) for k, v in (names.items() if isinstance(names, dict) else enumerate(names))}
-    if sorted(names) != list(range(len(names))):
+    except (yaml.YAMLError, ValueError, RecursionError, OSError) as error:
+        raise InputError(f"{path} is not YAML that can be read: {error}") from None
+    try:
+        given = _DataYaml.model_validate(content if isinstance(content, dict) else {})
+    except pydantic.ValidationError as error:
+        faults = "; ".join(f"`{'.'.join(map(str, e['loc'][:1]))}`: {e['msg'].lower()}" for e in error.errors())
+        raise InputError(f"{path} is not a data YAML, which lists train, val and names ({faults}).") from None
+    if given.names is None:
+        if given.nc is None:
+            raise InputError(f"{path} has no `names`; a data YAML lists train, val and the class names.")
+        given.names = [f"class_{index}" for index in range(given.nc)]
+    pairs = given.names.items() if isinstance(given.names, dict) else enumerate(given.names)
+    names = {index: str(name) for index, name in pairs}
+    if not names or sorted(names) != list(range(len(names))):
         raise InputError(
-            f"{path}: the class indices in `names` are {sorted(names)}; they must be 0 to {len(names) - 1}."
+            f"{path}: the class indices in `names` are {sorted(names)}; they must go from 0 up, one by one."
         )
-    if content.get("nc", len(names)) != len(names):
-        raise InputError(f"{path} says nc: {content['nc']} but names {len(names)} classes.")
-    splits = {split: content[split] for split in ("train", "val", "test") if content.get(split)}
-    root = _root(path, content.get("path"), splits)
-    names = {0: "item"} if single_cls else names
-    return DataFiles(str(path), root, names, int(content.get("channels", 3)), splits)
+    if given.nc is not None and given.nc != len(names):
+        raise InputError(f"{path} says nc: {given.nc} but names {len(names)} classes.")
+    splits = {name: entries for name in ("train", "val", "test") if (entries := getattr(given, name))}
+    root = _root(path, given.path, splits)
+    return DataFiles(str(path.absolute()), root, {0: "item"} if single_cls else names, given.channels, splits)
+
+
+class _DataYaml(pydantic.BaseModel):
+    """What is read of a data YAML; everything else in it is left alone."""
+
+    path: str | None = None
+    train: str | list[str] | None = None
+    val: str | list[str] | None = pydantic.Field(
+        default=None, validation_alias=pydantic.AliasChoices("val", "validation")
+    )
+    test: str | list[str] | None = None
+    names: dict[int, Any] | list[Any] | None = None
+    nc: int | None = pydantic.Field(default=None, ge=1, le=1_000_000)
+    channels: int = pydantic.Field(default=3, ge=1)
 
 
 def _root(path: Path, named: str | None, splits: dict[str, Any]) -> Path:
     """The folder that the splits are relative to: the first candidate that holds one of them."""
-    base = Path(named or ".").expanduser()
+    base = Path(os.path.expanduser(named or "."))
     folders = [path.parent, Path.cwd(), Path.cwd() / "datasets", *_ultralytics_datasets()]
     candidates = [base] if base.is_absolute() else [(folder / base).resolve() for folder in folders]
     for candidate in candidates:
-        if any((candidate / entry).exists() for entries in splits.values() for entry in _as_list(entries)):
+        if any(
+            os.path.exists(_located(candidate, entry)) for entries in splits.values() for entry in _as_list(entries)
+        ):
             return candidate
     looked = ", ".join(str(candidate) for candidate in dict.fromkeys(candidates))
     raise InputError(
@@ -202,6 +240,10 @@ def _read_image(im_file: str, label_file: str, image_id: int, classes: int) -> L
         with Image.open(im_file) as image:
             image.verify()
             width, height = exif_size(image)
+            jpeg = image.format == "JPEG"
+        if jpeg and not _ends_whole(im_file):
+            with Image.open(im_file) as image:
+                image.load()  # verify() does not see that a JPEG is cut off; bytes behind its end are no fault
         if min(width, height) < 10:
             return f"{im_file}: {width}x{height} px is too small; 10 px is the least"
         try:
@@ -215,8 +257,20 @@ def _read_image(im_file: str, label_file: str, image_id: int, classes: int) -> L
         return f"{label_file}: {error}"
     except ImportError:  # Ultralytics' Image.open looks for a HEIC plugin where it knows no format
         return f"{im_file}: not an image of a known format"
-    except (OSError, SyntaxError) as error:  # PIL raises SyntaxError for a broken PNG
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: a broken PNG
         return f"{im_file}: not a readable image ({error})"
+
+
+def hash_of(files: list[str]) -> str:
+    """A digest of the files' names."""
+    return hashlib.sha256("\n".join(files).encode(errors="surrogateescape")).hexdigest()
+
+
+def _ends_whole(jpeg: str) -> bool:
+    """Whether the file ends with JPEG's end-of-image marker."""
+    with open(jpeg, "rb") as file:
+        file.seek(-2, os.SEEK_END)
+        return file.read() == b"\xff\xd9"
 
 
 def scan(
@@ -229,6 +283,8 @@ def scan(
     """
     classes = sys.maxsize if config.single_cls else len(names)
     share = range(accelerator.process_index, len(files), accelerator.num_processes)
+    if len(set(gather_object([hash_of(files)]))) > 1:
+        raise InputError(f"The machines do not see the same files: here {len(files)} images, first {files[0]}.")
     label_files, ids = img2label_paths(files), image_ids(files)
     with ThreadPool(min(8, os.cpu_count() or 1)) as pool:
         mine = pool.map(lambda i: (i, _read_image(files[i], label_files[i], ids[i], classes)), share)
@@ -279,13 +335,15 @@ class _Images(YOLODataset):
     """Ultralytics' data set over labels that are already read: it globs nothing, caches nothing, writes nothing."""
 
     def __init__(self, labels: list[Labels], names: dict[int, str], channels: int, **options: Any):
-        self._labels = labels
+        self.scanned = labels
         data = {"names": names, "channels": channels}
         super().__init__([], data=data, task="detect", augment=False, **options)
+        # Ultralytics reads, rewrites and removes .npy files beside the images; these cannot exist.
+        self.npy_files = [Path(os.devnull) / "none"] * len(self.im_files)
 
     def get_img_files(self, img_path: Any) -> list[str]:
         """Paths of the images whose labels are known."""
-        return [entry.im_file for entry in self._labels]
+        return [entry.im_file for entry in self.scanned]
 
     def get_labels(self) -> list[dict]:
         """The labels in Ultralytics' form."""
@@ -300,7 +358,7 @@ class _Images(YOLODataset):
                 "normalized": True,
                 "bbox_format": "xywh",
             }
-            for entry in self._labels
+            for entry in self.scanned
         ]
 
 
@@ -342,9 +400,8 @@ class TrainSet(_Images):
         closed = replace(self.config, mosaic=0.0, mixup=0.0, cutmix=0.0, copy_paste=0.0)
         self.closed_transforms = self._transforms(augmentation(closed))
         transforms = self._transforms(hyp)
-        # Albumentations, where it is installed, has generators of its own.
         steps = (*transforms.transforms, *self.closed_transforms.transforms)
-        self.albumentations = [s.transform for s in steps if isinstance(s, Albumentations) and s.transform is not None]
+        self.albumentations = any(isinstance(step, Albumentations) and step.transform is not None for step in steps)
         return transforms
 
     def _transforms(self, hyp: Any) -> Compose:
@@ -396,8 +453,7 @@ class TrainSet(_Images):
         seed = int(np.random.SeedSequence([self.config.seed, epoch, position]).generate_state(1)[0])
         random.seed(seed)
         np.random.seed(seed)
-        for transform in self.albumentations:
-            transform.set_random_seed(seed)
+        torch.default_generator.manual_seed(seed)  # Ultralytics seeds Albumentations from torch's initial seed
         self.partners.indices = self.group(epoch, position).tolist()
         index = int(self.order(epoch)[position])
         closed = epoch >= self.config.epochs - self.config.close_mosaic

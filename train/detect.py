@@ -10,6 +10,7 @@
 """
 
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from train.checkpoint import new_folder, save
 from train.coco import Evaluation, evaluate, ground_truth
 from train.config import InputError, TrainConfig
 from train.data import TrainSet, ValSet, check_usable, find_data, scan, train_loader, val_loader
-from train.engine import train_one_epoch
+from train.engine import check_finite, train_one_epoch
 from train.model import (
     ModelEMA,
     build_model,
@@ -33,7 +34,7 @@ from train.model import (
     use_global_loss,
 )
 from train.optim import Schedule, build_optimizer
-from train.processes import on_main, run, start_processes, sync_from_main
+from train.processes import on_main, once_per_machine, run, start_processes, sync_from_main
 from train.report import Report
 
 
@@ -48,7 +49,7 @@ def main(config: TrainConfig) -> None:
         raise InputError(f"--batch is {config.batch}; it must be divisible by the {ranks} processes, as {nearest} is.")
 
     # Data: each rank reads a share of the labels, then every rank knows all of them.
-    data = on_main(accelerator, lambda: find_data(config.data, config.single_cls))
+    data = once_per_machine(accelerator, lambda: find_data(config.data, config.single_cls))
     train_files, val_files = data.images("train", config.fraction), data.images("val")
     report.say(f"reading the labels of {len(train_files)} train and {len(val_files)} val images")
     train_labels, train_faults = scan(train_files, data.names, config, accelerator)
@@ -57,7 +58,7 @@ def main(config: TrainConfig) -> None:
     truth = ground_truth(val_labels, data.names)
 
     # Model, its average, and the loss. The average is copied before anything of this run hangs on the model.
-    source = on_main(accelerator, lambda: fetch_weights(config.model))
+    source = once_per_machine(accelerator, lambda: fetch_weights(config.model))
     model, origin = build_model(config, source, data.names, data.channels)
     stride = largest_stride(model)
     check_imgsz(config.imgsz, stride)
@@ -84,9 +85,10 @@ def main(config: TrainConfig) -> None:
     weights = report.folder / "weights"
     weights.mkdir(exist_ok=True)
     report.faults(train_faults + val_faults)
-    report.banner(config, precision, origin, data.name, schedule, train_labels, val_labels)
+    report.banner(config, precision, origin, data.name, schedule, train_set, val_labels)
     report.start_trackers(config)
 
+    trained_with = replace(config, data=data.name)  # kept in the checkpoints: the YAML's whole path
     best: Evaluation | None = None
     best_epoch = 0
     for epoch in range(config.epochs):
@@ -96,13 +98,16 @@ def main(config: TrainConfig) -> None:
         end_of_epoch(detector)
 
         sync_from_main(ema.ema)
+        check_finite(ema.ema)
         trained = time.perf_counter()
         evaluated = inference_copy(ema.ema, accelerator.device, config.memory_format)
         result = evaluate(evaluated, val_batches, truth, config, accelerator)
         if best is None or result.fitness > best.fitness:
             best, best_epoch = result, epoch
         report.epoch(epoch, losses, optimizer, result, best, best_epoch, ema.updates, time.perf_counter() - trained)
-        on_main(accelerator, partial(save, ema.ema, config, epoch, result.metrics, weights, best=best_epoch == epoch))
+        on_main(
+            accelerator, partial(save, ema.ema, trained_with, epoch, result.metrics, weights, best=best_epoch == epoch)
+        )
         if report.no_time_left(config.time):
             report.say(f"stopping: another epoch would not end within {config.time:g} hours (--time)")
             break

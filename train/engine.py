@@ -68,6 +68,16 @@ def rescale(images: Tensor, ni: int, config: TrainConfig, stride: int) -> Tensor
     return nn.functional.interpolate(images, size=shape, mode="bilinear", align_corners=False)
 
 
+def check_finite(model: nn.Module) -> None:
+    """Raise FloatingPointError where a weight is not a finite number; call it where all ranks have the same weights."""
+    floats = [tensor for tensor in model.state_dict().values() if tensor.is_floating_point()]
+    if not torch.stack([tensor.isfinite().all() for tensor in floats]).all():
+        raise FloatingPointError(
+            "The weights are no longer finite numbers after the last steps of this epoch, which was not saved. "
+            "Lower --lr0, or try --mixed_precision no."
+        )
+
+
 def train_one_epoch(
     epoch: int,
     model: nn.Module,

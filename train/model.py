@@ -1,5 +1,6 @@
 """The only file that touches the insides of Ultralytics' models, losses and checkpoints."""
 
+import os
 from collections.abc import Callable
 from copy import deepcopy
 from datetime import datetime
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from ultralytics import __version__ as ultralytics_version
 from ultralytics.cfg import get_cfg
 from ultralytics.nn import tasks
-from ultralytics.nn.modules.head import Detect
+from ultralytics.nn.modules.head import Detect, v10Detect
 from ultralytics.nn.tasks import DetectionModel, load_checkpoint, yaml_model_load
 from ultralytics.utils.checks import check_yolov5u_filename
 from ultralytics.utils.downloads import GITHUB_ASSETS_NAMES, GITHUB_ASSETS_REPO, attempt_download_asset
@@ -29,7 +30,7 @@ def fetch_weights(model: str) -> str:
 
     Call it on one process. Raises InputError where the file is not there and cannot be had.
     """
-    path = Path(model).expanduser()
+    path = Path(os.path.expanduser(model))
     if path.suffix == ".pt":
         if path.is_file():
             return str(path)
@@ -79,7 +80,7 @@ def load_detector(weights: str, trust: bool = False) -> tuple[DetectionModel, di
     except Exception as error:  # a broken pickle fails in as many ways as there are bytes
         hint = "" if trust else " --trust-checkpoint loads classes other than Ultralytics' and torch's, and their code."
         raise InputError(f"{weights} is not a checkpoint that can be loaded: {_first_line(error)}{hint}") from None
-    if not isinstance(model, DetectionModel) or not isinstance(model.model[-1], Detect):
+    if type(model) is not DetectionModel or type(model.model[-1]) not in (Detect, v10Detect):  # segmentation inherits
         task = getattr(model, "task", None) or type(model).__name__
         raise InputError(f"{weights} holds a {task} model; these scripts are for YOLO detection models.")
     return model, {key: value for key, value in checkpoint.items() if key not in ("model", "ema")}

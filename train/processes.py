@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import (
     DataLoaderConfiguration,
     DistributedDataParallelKwargs,
@@ -25,6 +26,7 @@ from accelerate.utils import (
     set_seed,
 )
 
+import train
 from train.config import C, InputError, Precision, parse
 
 T = TypeVar("T")
@@ -92,7 +94,7 @@ def pick_precision(wanted: Precision | None, device: str) -> tuple[str, str]:
             wanted, reason = "fp16", f"{name} computes fp16 fast but has no bf16"
         else:
             wanted, reason = "no", f"{name} has neither bf16 nor tensor cores"
-    elif device == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported() and _cpu_has_fast_bf16():
+    elif device == "cpu" and _cpu_has_fast_bf16() and torch.ops.mkldnn._is_mkldnn_bf16_supported():
         wanted, reason = "bf16", "this CPU computes bf16"
     else:
         wanted, reason = "no", f"this {device.upper()} has no fast bf16"
@@ -114,6 +116,13 @@ def start_processes(wanted_precision: Precision | None, trackers: list[str], see
     Raises:
         InputError: fewer devices than processes, a precision the device lacks, or ranks that do not add up.
     """
+    for tracker in trackers:
+        if tracker not in LOGGER_TYPE_TO_CLASS:
+            raise InputError(f"--trackers names {tracker!r}; Accelerate knows {', '.join(LOGGER_TYPE_TO_CLASS)}.")
+        if tracker not in map(str, get_available_trackers()):
+            raise InputError(
+                f"--trackers names {tracker}, which is not installed: pip install {tracker}, or leave it out."
+            )
     device = device_type()
     check_devices(local_processes(), device)
     precision, reason = pick_precision(wanted_precision, device)
@@ -159,6 +168,25 @@ def on_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
     return result
 
 
+def once_per_machine(accelerator: Accelerator, work: Callable[[], T]) -> T:
+    """Run `work`, which may write files that its next call finds, on one process of each machine and then on the rest.
+
+    Returns each process's own result. An error on one machine is every rank's error (collective).
+    """
+    result: Any = None
+    for turn in (True, False):
+        failure = None
+        if accelerator.is_local_main_process == turn:
+            try:
+                result = work()
+            except InputError as error:
+                failure = error
+        failures = [failed for failed in gather_object([failure]) if failed is not None]
+        if failures:
+            raise failures[0]
+    return result
+
+
 def sync_from_main(module: torch.nn.Module) -> None:
     """Give every rank the main process's parameters and buffers (collective).
 
@@ -170,8 +198,8 @@ def sync_from_main(module: torch.nn.Module) -> None:
 
 @contextlib.contextmanager
 def said_once() -> Iterator[None]:
-    """Before the processes know each other: only rank 0 prints."""
-    if _launched("RANK", 0) == 0:
+    """Before the processes know each other: only the first process of each machine prints."""
+    if _launched("LOCAL_RANK", 0) == 0:
         yield
         return
     with (
@@ -253,6 +281,9 @@ def main() -> None:
         command = launch_command(options.gpus, options.cpus) + options.script[1:]
     except InputError as error:
         parser.exit(2, f"error: {error}\n")
+    if train.settings is not None:  # else all ranks would share this process's
+        train.settings.cleanup()
+        del os.environ["YOLO_CONFIG_DIR"]
     os.execvp(command[0], command)
 
 

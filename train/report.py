@@ -23,7 +23,7 @@ from tqdm import tqdm
 from train.checkpoint import whole_file
 from train.coco import METRICS, Evaluation
 from train.config import EvalConfig, TrainConfig
-from train.data import Labels
+from train.data import Labels, TrainSet
 from train.optim import Schedule
 from train.plots import draw_validation
 from train.processes import on_main, processes
@@ -62,7 +62,7 @@ class Report:
     def open(self, folder: Path, config: EvalConfig) -> None:
         """Start the rank's log and write config.json, now that all ranks know the run's folder."""
         self.folder = folder
-        (folder / "logs").mkdir(exist_ok=True)
+        (folder / "logs").mkdir(parents=True, exist_ok=True)  # parents: on another machine
         log = logging.FileHandler(folder / "logs" / f"rank{self.accelerator.process_index}.log", encoding="utf-8")
         log.setFormatter(
             logging.Formatter(f"%(asctime)s rank{self.accelerator.process_index} %(levelname)s %(message)s")
@@ -110,13 +110,13 @@ class Report:
         origin: str,
         data: str,
         schedule: Schedule,
-        train: list[Labels],
+        train: TrainSet,
         val: list[Labels],
     ) -> None:
         """What is about to happen: processes, precision, model, data, the arithmetic of the batch."""
         self.processes(config, precision)
         self.say(f"model      {origin}")
-        self.say(f"data       {data}: {_counts(train)} to train on, {_counts(val)} to validate on")
+        self.say(f"data       {data}: {_counts(train.scanned)} to train on, {_counts(val)} to validate on")
         ranks, accumulated = self.accelerator.num_processes, schedule.full_accumulation
         self.say(
             f"batch      {config.batch} images over {processes(ranks)} x {accumulated} accumulated = "
@@ -124,6 +124,8 @@ class Report:
         )
         optimizer = f"{schedule.optimizer}, lr {schedule.lr0:g}, weight decay {schedule.weight_decay:.3g}"
         self.say(f"optimizer  {optimizer}" + (" (picked: --optimizer auto)" if config.optimizer == "auto" else ""))
+        if train.albumentations:
+            self.say("augment    Albumentations is installed, so Ultralytics adds its blur, grey and CLAHE")
         if config.sync_bn and (ranks == 1 or self.accelerator.device.type != "cuda"):
             self.say("warning: --sync-bn is ignored; it needs several CUDA processes")
         self.say(f"run        {self.folder}")
@@ -222,10 +224,11 @@ class Report:
     # Trackers ---------------------------------------------------------------------------------------------------------
     def start_trackers(self, config: TrainConfig) -> None:
         """Start the trackers on the main process. One that fails is a warning; it never ends the training."""
-        self.accelerator.project_configuration.set_directories(str(self.folder))
+        self.accelerator.project_configuration.logging_dir = str(self.folder)
         values = {k: v if isinstance(v, int | float | str) else str(v) for k, v in asdict(config).items()}
         try:
-            options = {"wandb": _wandb_options(self.folder)} if "wandb" in config.trackers else {}
+            wandb_here = "wandb" in config.trackers and self.accelerator.is_main_process
+            options = {"wandb": _wandb_options(self.folder)} if wandb_here else {}
             self.accelerator.init_trackers("yolo-accelerate", config=values, init_kwargs=options)
         except Exception as error:
             self.accelerator.trackers = []
@@ -244,8 +247,13 @@ def _wandb_options(folder: Path) -> dict[str, Any]:
     import wandb  # half a second, so only where it is used
 
     options: dict[str, Any] = {"dir": str(folder), "name": folder.name, "settings": wandb.Settings(silent=True)}
-    if not os.environ.get("WANDB_MODE") and not wandb.login(prompt=False):
-        options["mode"] = "offline"
+    if not os.environ.get("WANDB_MODE"):
+        try:
+            known = wandb.login(prompt=False)
+        except Exception:  # a key, but nobody there to check it
+            known = False
+        if not known:
+            options["mode"] = "offline"
     return options
 
 

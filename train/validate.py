@@ -16,7 +16,7 @@ from train.coco import evaluate, ground_truth
 from train.config import InputError, ValConfig
 from train.data import ValSet, check_usable, find_data, scan, val_loader
 from train.model import check_imgsz, fetch_weights, inference_copy, largest_stride, load_detector, set_end2end
-from train.processes import on_main, run, start_processes
+from train.processes import on_main, once_per_machine, run, start_processes
 from train.report import Report
 
 
@@ -24,7 +24,7 @@ def main(config: ValConfig) -> None:
     """Evaluate, from the checkpoint to the table. Every rank runs all of it."""
     accelerator, precision = start_processes(config.mixed_precision, [])
     report = Report(accelerator)
-    weights = on_main(accelerator, lambda: fetch_weights(config.weights))
+    weights = once_per_machine(accelerator, lambda: fetch_weights(config.weights))
     model, checkpoint = load_detector(weights, config.trust_checkpoint)
     config = config.with_defaults(checkpoint.get("train_args") or {})
     config.check()
@@ -34,7 +34,7 @@ def main(config: ValConfig) -> None:
     if config.end2end is not None:
         set_end2end(model, config.end2end, config.weights)
 
-    data = on_main(accelerator, lambda: find_data(config.data, config.single_cls))
+    data = once_per_machine(accelerator, lambda: find_data(config.data, config.single_cls))
     if len(model.names) != len(data.names):
         raise InputError(f"{config.weights} knows {len(model.names)} classes, {data.name} names {len(data.names)}.")
     files = data.images(config.split)
@@ -46,6 +46,9 @@ def main(config: ValConfig) -> None:
 
     report.open(on_main(accelerator, lambda: new_folder(Path("runs/detect"), "val", config.save_dir)), config)
     report.faults(faults)
+    if model.names != data.names:
+        first = next(i for i in data.names if model.names[i] != data.names[i])
+        report.say(f"warning: class {first} is {model.names[first]} in the checkpoint, {data.names[first]} in the data")
     report.processes(config, precision)
     started = time.perf_counter()
     result = evaluate(

@@ -1,0 +1,223 @@
+"""What people get wrong: exit code 2, one message that names the value and the mend, nothing written."""
+
+import json
+import os
+import re
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from tests.conftest import DETECT, ROOT, VALIDATE, launch
+from train.config import TrainConfig
+from train.model import as_checkpoint, build_model
+
+NAMES = "names: [circle, square, triangle]\n"
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory, shapes: Path) -> Path:
+    """A folder with broken data YAMLs, weights and options; every case is run in it."""
+    folder = tmp_path_factory.mktemp("mistakes")
+    root = f"path: {shapes.parent}\n"
+    files = {
+        "good.yaml": f"{root}train: images/train\nval: images/val\n{NAMES}",
+        "empty.yaml": "",
+        "nonames.yaml": f"{root}train: images/train\nval: images/val\n",
+        "nc.yaml": f"{root}train: images/train\nval: images/val\nnc: 7\n{NAMES}",
+        "gap.yaml": f"{root}train: images/train\nval: images/val\nnames: {{0: a, 2: b}}\n",
+        "notrain.yaml": f"{root}train: images/nothing\nval: images/val\n{NAMES}",
+        "noval.yaml": f"{root}train: images/train\n{NAMES}",
+        "emptytrain.yaml": f"path: {folder}\ntrain: void\nval: void\n{NAMES}",
+        "unlabelled.yaml": f"path: {folder}\ntrain: unlabelled\nval: unlabelled\n{NAMES}",
+        "faulty.yaml": f"path: {folder}\ntrain: images\nval: images\n{NAMES}",
+        "broken.yaml": "train: [a\n",
+        "args.yaml": "epochs: many\nmosaic: -3\n",
+        "list.yaml": "- epochs\n",
+    }
+    for name, text in files.items():
+        (folder / name).write_text(text)
+    (folder / "void").mkdir()
+    (folder / "unlabelled").mkdir()
+    cv2.imwrite(str(folder / "unlabelled" / "a.png"), np.zeros((64, 64, 3), np.uint8))
+    (folder / "images").mkdir()
+    (folder / "labels").mkdir()
+    for stem, row in (("a", "0 0.5 0.5 0.5 0.5"), ("b", "9 0.5 0.5 0.5 0.5")):
+        cv2.imwrite(str(folder / "images" / f"{stem}.png"), np.zeros((64, 64, 3), np.uint8))
+        (folder / "labels" / f"{stem}.txt").write_text(f"0 0.1 0.1 0.1 0.1\n{row}\n")
+
+    (folder / "text.pt").write_text("not a checkpoint")
+    (folder / "nothing.pt").write_bytes(b"")
+    model, _ = build_model(TrainConfig(), "yolov8n.yaml", {0: "circle", 1: "square", 2: "triangle"}, 3)
+    torch.save(as_checkpoint(model, {}, 0, {}), folder / "good.pt")
+    (folder / "cut.pt").write_bytes((folder / "good.pt").read_bytes()[:100_000])
+    gray, _ = build_model(TrainConfig(), "yolov8n.yaml", {0: "circle", 1: "square", 2: "triangle"}, 1)
+    torch.save(as_checkpoint(gray, {}, 0, {}), folder / "gray.pt")
+    code = (  # as the original YOLOv5 code would have saved it
+        "import sys, types, torch\nm = types.ModuleType('models'); y = types.ModuleType('models.yolo')\n"
+        "class DetectionModel: pass\nDetectionModel.__module__ = 'models.yolo'; y.DetectionModel = DetectionModel\n"
+        "sys.modules.update({'models': m, 'models.yolo': y})\n"
+        "torch.save({'model': DetectionModel()}, 'yolov5s.pt')\n"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=folder, check=True)
+    return folder
+
+
+GOOD = ["--data", "good.yaml", "--imgsz", "64", "--epochs", "1", "--trackers", "none"]
+CASES = [
+    (["--epoch", "3"], "--epochs"),
+    (["--epochs", "0", "--mosaic", "2", "--lr0", "-1"], r"--epochs is 0.*--lr0 is -1.*--mosaic is 2"),
+    (["--epochs", "ten"], "ten"),
+    (["--optimizer", "Lion"], "Lion"),
+    (["--rect", "--multi-scale", "0.5"], "--rect and --multi-scale contradict each other"),
+    (["--trackers", "none", "wandb"], "name trackers or `none`"),
+    (["--trackers", "wandbb"], "'wandbb'; Accelerate knows .*wandb"),
+    (["--trackers", "clearml"], "clearml, which is not installed: pip install clearml"),
+    (["--mixed-precision", "fp16"], "fp16, which the CPU does not compute"),
+    (["--cfg", "args.yaml"], r"epochs is 'many'; input should be a valid integer"),
+    (["--cfg", "gone.yaml"], r"--cfg gone\.yaml cannot be read"),
+    (["--cfg", "list.yaml"], r"--cfg list\.yaml holds no options"),
+    (["--cfg", "broken.yaml"], r"--cfg broken\.yaml is not YAML"),
+    (["--data", "gone.yaml"], r"'gone\.yaml', but there is no such file"),
+    (["--data", "broken.yaml"], r"broken\.yaml is not YAML"),
+    (["--data", "empty.yaml"], r"empty\.yaml has no `names`"),
+    (["--data", "nonames.yaml"], r"nonames\.yaml has no `names`"),
+    (["--data", "nc.yaml"], r"nc\.yaml says nc: 7 but names 3 classes"),
+    (["--data", "gap.yaml"], r"class indices in `names` are \[0, 2\]"),
+    (["--data", "notrain.yaml"], r"`train: images/nothing`, but there is no .*images/nothing"),
+    (["--data", "noval.yaml"], r"names no `val` images"),
+    (["--data", "emptytrain.yaml"], r"no images in .*void"),
+    (["--data", "unlabelled.yaml"], r"no train image has a usable label"),
+    (
+        ["--data", "faulty.yaml", "--strict"],
+        r"--strict.*labels/b\.txt: line 2 has class 9; there are the classes 0 to 2",
+    ),
+    ([*GOOD, "--imgsz", "100"], r"--imgsz is 100; .* The nearest is 96"),
+    ([*GOOD, "--model", "gone.pt"], r"no checkpoint gone\.pt"),
+    ([*GOOD, "--model", "gone.yaml"], r"no model gone\.yaml"),
+    ([*GOOD, "--model", "text.pt"], r"text\.pt is not a checkpoint that can be loaded"),
+    ([*GOOD, "--model", "nothing.pt"], r"nothing\.pt is not a checkpoint that can be loaded"),
+    ([*GOOD, "--model", "cut.pt"], r"cut\.pt is not a checkpoint that can be loaded"),
+    ([*GOOD, "--model", "gray.pt"], r"gray\.pt takes images of 1 channels, the data set has 3"),
+    ([*GOOD, "--model", "yolov5s.pt"], r"original YOLOv5 code. Use its successor yolov5su\.pt"),
+    ([*GOOD, "--model", "yolov8n-seg.yaml"], r"Segment head; these scripts are for YOLO detection"),
+    ([*GOOD, "--model", "rtdetr-l.yaml"], r"RTDETRDecoder head"),
+    ([*GOOD, "--freeze", "99"], r"--freeze is 99; this model has the layers 0 to 22"),
+    ([*GOOD, "--freeze", "0", "77.cv2"], r"--freeze is 0 77\.cv2; this model has the layers 0 to 22"),
+    ([*GOOD, "--end2end"], r"--end2end was given, but yolov8n\.yaml has no one-to-one head"),
+    ([*GOOD, "--project", "good.yaml"], r"good\.yaml/exp cannot be made"),
+]
+
+
+def test_each_mistake_is_one_message_with_its_mend(home: Path):
+    before = sorted(home.rglob("*"))
+    lines = "".join(json.dumps([str(DETECT), *arguments]) + "\n" for arguments, _ in CASES)
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "2"}
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "workers" / "mistakes.py")],
+        input=lines, capture_output=True, text=True, cwd=home, env=environment, timeout=300,
+    )  # fmt: skip
+    results = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert len(results) == len(CASES), done.stderr[-2000:]
+    wrong = []
+    for (arguments, message), result in zip(CASES, results, strict=True):
+        said = re.sub(r"\s+", " ", result["err"])
+        if result["code"] != 2 or not re.search(message, said) or "Traceback" in said:
+            wrong.append((arguments, result["code"], said[-300:]))
+    assert not wrong
+    assert sorted(home.rglob("*")) == before
+
+
+def test_faulty_files_are_left_out_counted_and_listed(home: Path, tmp_path: Path):
+    images, labels = tmp_path / "images", tmp_path / "labels"
+    images.mkdir()
+    labels.mkdir()
+    picture = np.random.default_rng(0).integers(0, 255, (64, 80, 3), np.uint8)
+    for stem in ("good", "text", "nan", "class", "columns", "latin", "cut", "deep"):
+        cv2.imwrite(str(images / f"{stem}.jpg"), picture)
+        (labels / f"{stem}.txt").write_text("1 0.5 0.5 0.5 0.5\n")
+    (labels / "text.txt").write_text("hello\n")
+    (labels / "nan.txt").write_text("0 nan 0.5 0.5 0.5\n")
+    (labels / "class.txt").write_text("0 0.5 0.5 0.5 0.5\n-1 0.5 0.5 0.5 0.5\n")
+    (labels / "columns.txt").write_text("0 0.5 0.5\n")
+    (labels / "latin.txt").write_bytes(b"\xe9 0.5 0.5 0.5 0.5\n")
+    (images / "cut.jpg").write_bytes((images / "good.jpg").read_bytes()[:-200])
+    (images / "more.jpg").write_bytes((images / "good.jpg").read_bytes() + b"trailing bytes are no fault")
+    (images / "deep.jpg").unlink()
+    cv2.imwrite(str(images / "deep.png"), picture.astype(np.uint16) * 257)  # 16 bits: read as 8
+    cv2.imwrite(str(images / "dot.png"), picture[:1, :1])
+    (images / "zero.png").write_bytes(b"")
+    (images / "words.png").write_text("not an image")
+    (tmp_path / "data.yaml").write_text(f"train: images\nval: images\n{NAMES}")
+    options = ["--imgsz", 64, "--epochs", 1, "--batch", 4, "--trackers", "none", "--data", "data.yaml"]
+    done = launch(2, DETECT, *options, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    listed = (tmp_path / "runs" / "detect" / "exp" / "faults.txt").read_text()
+    reasons = {
+        "text.txt: line 1 is not numbers", "nan.txt: line 1 holds a value that is not finite",
+        "class.txt: line 2 has class -1", "columns.txt: line 1 has 3 columns", "latin.txt: not UTF-8",
+        "cut.jpg: not a readable image", "dot.png: 1x1 px is too small", "zero.png: not an image",
+        "words.png: not an image",
+    }  # fmt: skip
+    assert all(reason in listed for reason in reasons), listed
+    assert len(listed.splitlines()) == 2 * len(reasons)  # of the train and of the val split
+    assert done.stdout.count("18 images are left out") == 1
+    assert "3 images with 2 boxes to train on" in done.stdout  # good, deep and more, which has no labels
+
+
+def test_a_full_disk_at_the_first_save_leaves_nothing_half_written(home: Path, tmp_path: Path):
+    limit = 3_000_000  # bytes in one file: less than the checkpoint
+
+    def full() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    done = subprocess.run(
+        [sys.executable, "-c", "import signal, runpy, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+         f"sys.argv[0] = {str(DETECT)!r}; runpy.run_path(sys.argv[0], run_name='__main__')",
+         *GOOD, "--project", str(tmp_path), "--workers", "0"],
+        cwd=home, capture_output=True, text=True, preexec_fn=full, timeout=120,
+        env=os.environ | {"ACCELERATE_USE_CPU": "true"},
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr[-2000:]
+    assert "The checkpoint of epoch 1 could not be written to" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list((tmp_path / "exp" / "weights").iterdir()) == []
+
+
+NO_SOCKETS = """
+import socket
+def refuse(self, address, connect=socket.socket.connect):
+    if self.family != socket.AF_UNIX and address[0] not in ("127.0.0.1", "::1", "localhost"):
+        print("SOCKET TO", address, flush=True)
+        raise OSError("sockets are forbidden here")
+    return connect(self, address)
+socket.socket.connect = refuse
+resolve = socket.getaddrinfo
+def getaddrinfo(host, *args, **kwargs):
+    if host not in (None, "127.0.0.1", "::1", "localhost", socket.gethostname()):
+        print("SOCKET TO", host, flush=True)
+        raise OSError("sockets are forbidden here")
+    return resolve(host, *args, **kwargs)
+socket.getaddrinfo = getaddrinfo
+"""
+
+
+def test_nothing_is_downloaded_or_installed(home: Path, tmp_path: Path):
+    (tmp_path / "sitecustomize.py").write_text(NO_SOCKETS)
+    environment = {"PYTHONPATH": str(tmp_path), "HOME": str(tmp_path / "home"), "PIP_NO_INDEX": "1"}
+    (tmp_path / "home").mkdir()
+    options = [*GOOD[:-2], "--project", tmp_path / "runs"]
+    for ranks in (1, 2):
+        done = launch(ranks, DETECT, *options, cwd=home, **environment)
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert "SOCKET TO" not in done.stdout + done.stderr
+    weights = tmp_path / "runs" / "exp" / "weights" / "best.pt"
+    done = launch(1, VALIDATE, "--weights", weights, "--save-dir", tmp_path / "val", cwd=home, **environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "SOCKET TO" not in done.stdout + done.stderr
+    assert not (tmp_path / "home" / ".config" / "Ultralytics").exists()
