@@ -71,6 +71,19 @@ def test_nothing_in_a_yaml_is_executed(shapes: Path, tmp_path: Path):
     assert not (tmp_path / "ran").exists()
 
 
+def test_forms_that_ultralytics_takes(shapes: Path, tmp_path: Path):
+    for kind in ("images", "labels"):  # as Roboflow exports: ../ although the folder is beside the YAML; linked folders
+        (tmp_path / "train").mkdir(exist_ok=True)
+        (tmp_path / "train" / kind).symlink_to(shapes.parent / kind / "train")
+    (tmp_path / "data.yaml").write_text("train: ../train/images\nvalidation: ../train/images\nnc: 3\n")
+    data = find_data(str(tmp_path / "data.yaml"))
+    assert data.names == {0: "class_0", 1: "class_1", 2: "class_2"}
+    assert len(data.images("train")) == len(data.images("val")) == 40
+    assert len(data.images("train", 0.25)) == 10
+    assert len(data.images("train", 7)) == 7
+    assert find_data(str(tmp_path / "data.yaml"), single_cls=True).names == {0: "item"}
+
+
 # What the labels say
 @pytest.mark.parametrize(
     ("text", "reason"),
@@ -211,6 +224,60 @@ def test_the_ranks_shares_make_up_the_batch():
     halves = list(Positions(batches=3, batch=8, ranks=2))
     assert not hasattr(Positions(1, 1, 1), "batch_size")  # Accelerate would drop batches
     assert [a + b for a, b in zip(halves[0::2], halves[1::2], strict=True)] == whole
+
+
+def test_chosen_classes_and_one_class(shapes: Path, accelerator: Accelerator):
+    data = find_data(str(shapes))
+    files = data.images("train")
+    everything, _ = scan(files, data.names, TrainConfig(), accelerator)
+    chosen, _ = scan(files, data.names, TrainConfig(classes=(0, 2)), accelerator)
+    one, _ = scan(files, {0: "item"}, TrainConfig(single_cls=True), accelerator)
+    total = np.concatenate([entry.cls for entry in everything])
+    assert np.concatenate([entry.cls for entry in chosen]).tolist() == total[total != 1].tolist()
+    assert sum(len(entry.boxes) for entry in chosen) == (total != 1).sum()
+    assert np.concatenate([entry.cls for entry in one]).tolist() == [0] * len(total)
+
+
+def test_rect_batches_have_one_shape_and_little_padding(shapes: Path, accelerator: Accelerator):
+    labels, names = load(shapes, "train", accelerator)
+    dataset = TrainSet(labels, names, 3, TrainConfig(imgsz=160, batch=8, rect=True, epochs=3, close_mosaic=0))
+    shapes_seen = set()
+    for epoch in range(2):
+        order = dataset.order(epoch)
+        assert len(set(order.tolist())) == len(order) == 40
+        for batch in range(5):
+            samples = dataset.__getitems__([(epoch, batch * 8 + p) for p in range(8)])
+            assert len({sample["img"].shape for sample in samples}) == 1
+            shapes_seen.add(tuple(samples[0]["img"].shape[1:]))
+            assert len(dataset._decoded) == 8  # no mosaic
+    assert len(shapes_seen) > 1
+    assert max(max(shape) for shape in shapes_seen) == 160
+    assert dataset.order(0).tolist() != dataset.order(1).tolist()
+
+
+def test_images_of_a_user_are_not_touched(shapes: Path, tmp_path: Path, accelerator: Accelerator):
+    source = next(shapes.parent.glob("images/train/*.jpg"))
+    (tmp_path / "a.jpg").write_bytes(source.read_bytes())
+    (tmp_path / "a.npy").write_bytes(b"not for Ultralytics to load, rewrite or remove")
+    labels, _ = scan([str(tmp_path / "a.jpg")], {0: "a"}, TrainConfig(), accelerator)
+    TrainSet(labels, {0: "a"}, 3, TrainConfig(imgsz=64, batch=1))[(0, 0)]
+    assert (tmp_path / "a.npy").read_bytes().startswith(b"not for Ultralytics")
+
+
+def test_albumentations_are_seeded_by_the_sample(train_set: TrainSet, monkeypatch):
+    seeds = []
+
+    class Spy:
+        """Stands where Ultralytics applies Albumentations, which it seeds from torch's initial seed."""
+
+        def __call__(self, labels: dict) -> dict:
+            seeds.append(torch.initial_seed())
+            return labels
+
+    monkeypatch.setattr(train_set.transforms, "transforms", [Spy(), *train_set.transforms.transforms])
+    train_set.__getitems__([(0, 1), (0, 2)])
+    train_set.__getitems__([(0, 2)])
+    assert seeds[0] != seeds[1] == seeds[2]
 
 
 # Validation

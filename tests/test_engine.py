@@ -1,9 +1,11 @@
-"""Canary for the reason why the engine computes the loss outside the model's forward."""
+"""Parts of the engine; and a canary for why it computes the loss outside the model's forward."""
 
+import pytest
 import torch
 from accelerate import Accelerator
 
 from train.config import TrainConfig
+from train.engine import check_finite, rescale
 from train.model import build_model
 
 BATCH = {
@@ -28,3 +30,21 @@ def test_autocast_is_off_again_after_a_step():
         assert not torch.is_autocast_enabled("cpu")
     finally:
         accelerator.state._mixed_precision = "no"
+
+
+def test_multi_scale_follows_from_seed_and_batch_number():
+    config = TrainConfig(imgsz=320, multi_scale=0.5, seed=3)
+    images = torch.rand(1, 3, 320, 320)
+    sizes = [rescale(images, ni, config, 32).shape[2:] for ni in range(40)]
+    assert sizes == [rescale(images, ni, config, 32).shape[2:] for ni in range(40)]
+    assert {h for h, _ in sizes} <= set(range(160, 481, 32))
+    assert len(set(sizes)) > 5
+    assert rescale(images, 0, TrainConfig(imgsz=320), 32) is images
+
+
+def test_poisoned_weights_are_an_error():
+    model, _ = build_model(TrainConfig(), "yolov8n.yaml", {0: "a"}, 3)
+    check_finite(model)
+    model.model[3].conv.weight.data[0, 0, 0, 0] = float("inf")
+    with pytest.raises(FloatingPointError, match="no longer finite"):
+        check_finite(model)

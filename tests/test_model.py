@@ -163,3 +163,88 @@ def test_loss_of_one_process_is_ultralytics_own():
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
     assert list(items) == ["box_loss", "cls_loss", "dfl_loss"]
     assert get_cfg().box == model.args.box
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["yolov5n.yaml", "yolov8n.yaml", "yolov9t.yaml", "yolov10n.yaml", "yolo11n.yaml", "yolo12n.yaml", "yolo26n.yaml"],
+)
+def test_every_family_trains_checkpoints_and_detects(name: str, tmp_path: Path):
+    model = build(name).train()
+    model_file.use_global_loss(model, lambda value: value, ranks=1)
+    batch = {
+        "img": torch.rand(2, 3, 64, 64),
+        "cls": torch.tensor([[0.0], [2.0]]),
+        "bboxes": torch.tensor([[0.5, 0.5, 0.4, 0.4], [0.3, 0.3, 0.3, 0.3]]),
+        "batch_idx": torch.tensor([0.0, 1.0]),
+    }
+    losses, items = model.loss(batch, model(batch["img"]))
+    losses.sum().backward()
+    without = [key for key, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert not without  # DDP runs with find_unused_parameters=False
+    assert len(items) == 3
+    model_file.end_of_epoch(model)
+    torch.save(as_checkpoint(model, {"imgsz": 64}, 0, {}), tmp_path / "best.pt")
+    again, origin = build_model(TrainConfig(model="best.pt"), str(tmp_path / "best.pt"), NAMES, 3)
+    total = len(again.state_dict())
+    assert origin == f"{total} of {total} tensors from best.pt"
+    loaded, _ = load_detector(str(tmp_path / "best.pt"))
+    for end2end in (False, True) if getattr(loaded.model[-1], "one2one_cv2", None) is not None else (False,):
+        model_file.set_end2end(loaded, end2end, name)
+        copy = inference_copy(loaded, CPU, torch.contiguous_format)
+        with torch.inference_mode():
+            found = detect(copy(batch["img"]), copy, conf=0.0, iou=0.7, max_det=20)
+        assert [len(part) for part in found] == [20, 20]
+
+
+def test_the_two_losses_of_an_end_to_end_model_move_on_each_epoch():
+    model = build("yolo26n.yaml")
+    model_file.use_global_loss(model, lambda value: value, ranks=1)
+    before = (model.criterion.o2m, model.criterion.o2o)
+    model_file.end_of_epoch(model)
+    assert model.criterion.o2m < before[0]
+    assert model.criterion.o2o > before[1]
+
+
+def test_other_strides_and_channels(tmp_path: Path):
+    model, _ = build_model(TrainConfig(), "yolov8n-p6.yaml", NAMES, 1)
+    assert model_file.largest_stride(model) == 64
+    assert model.model[0].conv.in_channels == 1
+
+
+def test_a_segmentation_checkpoint_is_refused(tmp_path: Path):
+    from ultralytics.nn.tasks import SegmentationModel
+
+    model = SegmentationModel("yolov8n-seg.yaml", nc=3, verbose=False)
+    model.args = {}
+    torch.save(as_checkpoint(model, {}, 0, {}), tmp_path / "seg.pt")
+    with pytest.raises(InputError, match="ends in a Segment head"):
+        load_detector(str(tmp_path / "seg.pt"))
+
+
+def test_frozen_layers_keep_weights_and_statistics():
+    model, _ = build_model(TrainConfig(freeze=2), "yolov8n.yaml", NAMES, 3)
+    trained = {name.split(".")[1] for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {str(i) for i in range(2, 23)} - {"10", "11", "13", "14", "17", "20"}  # those have no weights
+    assert len(model_file.frozen_norms(model)) == 2
+    model, _ = build_model(TrainConfig(freeze=(0, "22.cv2")), "yolov8n.yaml", NAMES, 3)
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad and ".dfl" not in name}
+    assert {"model.0.conv.weight", "model.0.bn.weight"} <= frozen
+    assert any(name.startswith("model.22.cv2.") for name in frozen)
+    assert not any(name.startswith("model.22.cv3.") for name in frozen)
+
+
+def test_class_weights_are_ultralytics(monkeypatch):
+    from types import SimpleNamespace
+
+    import numpy as np
+    from ultralytics.models.yolo.detect import DetectionTrainer
+
+    counts = np.array([10.0, 0.0, 40.0], dtype=np.float32)
+    model = build("yolov8n.yaml")
+    model_file.set_class_weights(model, counts, 0.5)
+    trainer = SimpleNamespace(args=SimpleNamespace(cls_pw=0.5), model=build("yolov8n.yaml"), device=CPU)
+    trainer.get_class_counts = lambda: counts
+    trainer.compute_class_weights = lambda c: DetectionTrainer.compute_class_weights(trainer, c)
+    DetectionTrainer.set_class_weights(trainer)
+    torch.testing.assert_close(model.class_weights, trainer.model.class_weights.float())

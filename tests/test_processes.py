@@ -107,3 +107,12 @@ def test_precision(monkeypatch):
 def test_gather_for_metrics_keeps_one_element_per_rank_after_a_loop(tmp_path: Path):
     out = succeed(2, SAYS_RANKS, "gather", cwd=tmp_path)
     assert "gathered [[0], [1, 1]]" in out
+
+
+def test_the_launcher_leaves_the_threads_and_settings_alone(tmp_path: Path):
+    script = tmp_path / "says.py"
+    script.write_text("import os; print(os.environ.get('OMP_NUM_THREADS'), os.environ.get('YOLO_CONFIG_DIR'))")
+    clean = {k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "YOLO_CONFIG_DIR")}
+    command = [sys.executable, "-m", "train.processes", "--gpus", "", "--cpus", "", "--", str(script)]
+    done = subprocess.run(command, env=clean, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.split() == ["None", "None"]

@@ -15,7 +15,7 @@ from ultralytics import __version__ as ultralytics_version
 from ultralytics.cfg import get_cfg
 from ultralytics.nn import tasks
 from ultralytics.nn.modules.head import Detect, v10Detect
-from ultralytics.nn.tasks import DetectionModel, load_checkpoint, yaml_model_load
+from ultralytics.nn.tasks import BaseModel, DetectionModel, load_checkpoint, yaml_model_load
 from ultralytics.utils.checks import check_yolov5u_filename
 from ultralytics.utils.downloads import GITHUB_ASSETS_NAMES, GITHUB_ASSETS_REPO, attempt_download_asset
 from ultralytics.utils.loss import E2ELoss, v8DetectionLoss
@@ -81,8 +81,8 @@ def load_detector(weights: str, trust: bool = False) -> tuple[DetectionModel, di
         hint = "" if trust else " --trust-checkpoint loads classes other than Ultralytics' and torch's, and their code."
         raise InputError(f"{weights} is not a checkpoint that can be loaded: {_first_line(error)}{hint}") from None
     if type(model) is not DetectionModel or type(model.model[-1]) not in (Detect, v10Detect):  # segmentation inherits
-        task = getattr(model, "task", None) or type(model).__name__
-        raise InputError(f"{weights} holds a {task} model; these scripts are for YOLO detection models.")
+        kind = type(model.model[-1]).__name__ if isinstance(model, BaseModel) else type(model).__name__
+        raise InputError(f"{weights} ends in a {kind} head; these scripts are for YOLO detection models.")
     return model, {key: value for key, value in checkpoint.items() if key not in ("model", "ema")}
 
 
