@@ -79,6 +79,8 @@ CASES = [
     (["--trackers", "wandbb"], "'wandbb'; Accelerate knows .*wandb"),
     (["--trackers", "clearml"], "clearml, which is not installed: pip install clearml"),
     (["--mixed-precision", "fp16"], "fp16, which the CPU does not compute"),
+    (["--resume", "run", "--model", "x.pt"], "--resume goes on with the run's own options; leave out --model"),
+    (["--resume", "gone"], r"gone/config\.json cannot be read"),
     (["--cfg", "args.yaml"], r"epochs is 'many'; input should be a valid integer"),
     (["--cfg", "gone.yaml"], r"--cfg gone\.yaml cannot be read"),
     (["--cfg", "list.yaml"], r"--cfg list\.yaml holds no options"),

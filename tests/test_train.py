@@ -6,9 +6,11 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.conftest import DETECT, launch, succeed
 from train.coco import METRICS
@@ -97,7 +99,7 @@ def test_files_of_a_run(runs):
         config = json.loads((folder / "config.json").read_text())
         assert config["imgsz"] == 64
         assert {"torch", "ultralytics", "accelerate", "python"} <= set(config["versions"])
-        assert sorted(file.name for file in (folder / "weights").iterdir()) == ["best.pt", "last.pt"]
+        assert sorted(file.name for file in (folder / "weights").iterdir()) == ["best.pt", "last.pt", "state.pt"]
         logs = sorted(file.name for file in (folder / "logs").iterdir())
         assert logs == [f"rank{rank}.log" for rank in range(ranks)]
         main_log = (folder / "logs" / "rank0.log").read_text()
@@ -160,6 +162,36 @@ def test_a_loss_that_is_not_finite_names_the_images_and_saves_nothing(ranks: int
     assert done.stderr.count("error: The loss is no longer a finite number") == 1
     assert re.search(r"images/train/\d{6}\.jpg", done.stderr)
     assert list((tmp_path / "runs" / "detect" / "exp" / "weights").iterdir()) == []
+
+
+def test_a_killed_run_resumes_and_ends_with_the_weights_it_would_have_had(tmp_path: Path, shapes: Path):
+    recipe = ["--data", shapes, *QUICK, "--epochs", 4, "--optimizer", "AdamW", "--lr0", 0.001, "--trackers", "none"]
+    succeed(1, DETECT, *recipe, "--name", "whole", cwd=tmp_path)
+    whole, killed = (tmp_path / "runs" / "detect" / name for name in ("whole", "killed"))
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, str(DETECT), *map(str, recipe), "--name", "killed"], cwd=tmp_path, env=environment
+    )
+    try:
+        while not (killed / "weights" / "state.pt").exists():
+            assert process.poll() is None
+            time.sleep(0.02)
+    finally:
+        process.kill()
+        process.wait()
+    finished = torch.load(killed / "weights" / "state.pt", weights_only=True)["epoch"]
+    assert 0 <= finished < 3
+    console = succeed(1, DETECT, "--resume", killed, cwd=tmp_path)
+    assert f"resumed after epoch {finished + 1}" in console
+    a, b = (torch.load(run / "weights" / "state.pt", weights_only=True) for run in (whole, killed))
+    for part in ("model", "ema"):
+        assert all(torch.equal(a[part][key], b[part][key]) for key in a[part])
+    assert a["updates"] == b["updates"]
+    assert [row["train/box_loss"] for row in rows(whole)] == [row["train/box_loss"] for row in rows(killed)]
+    assert (whole / "metrics.json").read_bytes() == (killed / "metrics.json").read_bytes()
+    # finished; on two processes it goes on all the same when more epochs are asked for
+    assert "resumed after epoch 4" in succeed(2, DETECT, "--resume", killed, "--epochs", 5, cwd=tmp_path)
+    assert len(rows(killed)) == 5
 
 
 def test_patience(tmp_path: Path, shapes: Path):

@@ -210,6 +210,8 @@ class Output:
     """Folder that holds the runs."""
     name: str = "exp"
     """Name of the run's folder; exp2, exp3, … where it is taken."""
+    resume: str = ""
+    """Folder of a run to go on with, after its last finished epoch and with its options, in the same folder."""
     strict: bool = False
     """End where an image or a label file is faulty, instead of leaving it out."""
     log_interval: int = 50
@@ -301,7 +303,11 @@ def parse(kind: type[C], description: str, arguments: list[str] | None = None) -
         SystemExit: the command line is wrong (tyro says how, exit code 2) or asks for help.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
-    values, warnings = _read_file(kind, _cfg_of(arguments))
+    run = _value_of("--resume", arguments)
+    contradicting = [flag for flag in ("--model", "--data", "--cfg") if run and _value_of(flag, arguments)]
+    if contradicting:
+        raise InputError(f"--resume goes on with the run's own options; leave out {', '.join(contradicting)}.")
+    values, warnings = _read_file(kind, str(Path(run) / "config.json") if run else _value_of("--cfg", arguments))
     # tyro wants a value for what may also be unset
     pairs = {"--end2end": "--end2end=True", "--no-end2end": "--end2end=False"}
     arguments = [pairs.get(argument, argument) for argument in arguments]
@@ -319,12 +325,12 @@ def parse(kind: type[C], description: str, arguments: list[str] | None = None) -
     return kind(**options), warnings
 
 
-def _cfg_of(arguments: list[str]) -> str:
-    """The file that `--cfg` names."""
+def _value_of(flag: str, arguments: list[str]) -> str:
+    """What the command line says behind a flag, which is needed before it is parsed; empty where it is not there."""
     for i, argument in enumerate(arguments):
-        if argument.startswith("--cfg="):
-            return argument.removeprefix("--cfg=")
-        if argument == "--cfg" and i + 1 < len(arguments):
+        if argument.startswith(f"{flag}="):
+            return argument.removeprefix(f"{flag}=")
+        if argument == flag and i + 1 < len(arguments):
             return arguments[i + 1]
     return ""
 

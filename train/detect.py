@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
-from train.checkpoint import new_folder, save
+from train.checkpoint import TrainState, check_resume, new_folder
 from train.coco import Evaluation, evaluate, ground_truth
 from train.config import InputError, TrainConfig
 from train.data import TrainSet, ValSet, check_usable, find_data, scan, train_loader, val_loader
@@ -30,6 +30,7 @@ from train.model import (
     fetch_weights,
     inference_copy,
     largest_stride,
+    load_detector,
     set_class_weights,
     use_global_loss,
 )
@@ -41,6 +42,7 @@ from train.report import Report
 def main(config: TrainConfig) -> None:
     """Train, from the configuration to the last checkpoint. Every rank runs all of it."""
     config.check()
+    check_resume(config)
     accelerator, precision = start_processes(config.mixed_precision, config.used_trackers, config.seed)
     report = Report(accelerator)
     ranks = accelerator.num_processes
@@ -58,7 +60,8 @@ def main(config: TrainConfig) -> None:
     truth = ground_truth(val_labels, data.names)
 
     # Model, its average, and the loss. The average is copied before anything of this run hangs on the model.
-    source = once_per_machine(accelerator, lambda: fetch_weights(config.model))
+    start_from = f"{config.resume}/weights/last.pt" if config.resume else config.model
+    source = once_per_machine(accelerator, lambda: fetch_weights(start_from))
     model, origin = build_model(config, source, data.names, data.channels)
     stride = largest_stride(model)
     check_imgsz(config.imgsz, stride)
@@ -71,7 +74,6 @@ def main(config: TrainConfig) -> None:
     if not config.local_loss_norm:
         use_global_loss(model, lambda value: accelerator.reduce(value, "sum"), ranks)
     detector = model  # without the wrapping that prepare() adds
-
     train_set = TrainSet(train_labels, data.names, data.channels, config, stride)
     val_set = ValSet(val_labels, data.names, data.channels, config.imgsz, stride)
     schedule = Schedule(config, images=len(train_set), classes=len(data.names))
@@ -79,9 +81,14 @@ def main(config: TrainConfig) -> None:
     model, optimizer = accelerator.prepare(model, optimizer)
     train_batches, positions = train_loader(train_set, schedule.batches, accelerator)
     val_batches = val_loader(val_set, config, accelerator)
+    state = TrainState(detector, ema, optimizer, accelerator.scaler, report.rows)
+    if config.resume:
+        state.load(Path(config.resume) / "weights" / "state.pt")
+        origin = f"{config.model}, resumed after epoch {state.epoch + 1}"
 
     # Nothing is written before here, where nothing can be wrong with the input any more.
-    report.open(on_main(accelerator, lambda: new_folder(Path(config.project), config.name)), config)
+    folder = on_main(accelerator, lambda: new_folder(Path(config.project), config.name, config.resume))
+    report.open(folder, config)
     weights = report.folder / "weights"
     weights.mkdir(exist_ok=True)
     report.faults(train_faults + val_faults)
@@ -90,8 +97,7 @@ def main(config: TrainConfig) -> None:
 
     trained_with = replace(config, data=data.name)  # kept in the checkpoints: the YAML's whole path
     best: Evaluation | None = None
-    best_epoch = 0
-    for epoch in range(config.epochs):
+    for epoch in range(state.epoch + 1, config.epochs):
         positions.epoch = epoch
         report.epoch_starts(epoch, config.epochs, len(schedule.step_ends(epoch)))
         losses = train_one_epoch(epoch, model, ema, optimizer, train_batches, schedule, accelerator, report)
@@ -102,22 +108,30 @@ def main(config: TrainConfig) -> None:
         trained = time.perf_counter()
         evaluated = inference_copy(ema.ema, accelerator.device, config.memory_format)
         result = evaluate(evaluated, val_batches, truth, config, accelerator)
-        if best is None or result.fitness > best.fitness:
-            best, best_epoch = result, epoch
-        report.epoch(epoch, losses, optimizer, result, best, best_epoch, ema.updates, time.perf_counter() - trained)
-        on_main(
-            accelerator, partial(save, ema.ema, trained_with, epoch, result.metrics, weights, best=best_epoch == epoch)
-        )
+        state.epoch = epoch
+        if result.fitness > state.best_fitness:
+            best, state.best_epoch, state.best_fitness, state.best_ap = (
+                result,
+                epoch,
+                result.fitness,
+                result.metrics["AP"],
+            )
+        report.epoch(losses, optimizer, result, state, time.perf_counter() - trained)
+        on_main(accelerator, partial(state.save, trained_with, result.metrics, weights))
         if report.no_time_left(config.time):
             report.say(f"stopping: another epoch would not end within {config.time:g} hours (--time)")
             break
-        if epoch - best_epoch >= config.patience:
-            report.say(f"stopping: no better epoch than {best_epoch + 1} for {config.patience} epochs (--patience)")
+        if epoch - state.best_epoch >= config.patience:
+            report.say(
+                f"stopping: no better epoch than {state.best_epoch + 1} for {config.patience} epochs (--patience)"
+            )
             break
 
-    # best.pt holds the weights that were evaluated in its epoch, so its numbers are known.
-    assert best is not None
-    report.say(f"best.pt, epoch {best_epoch + 1}, on {len(val_labels)} val images:")
+    if best is None:  # the best epoch was before the run was resumed
+        model, _ = load_detector(str(weights / "best.pt"))
+        evaluated = inference_copy(model, accelerator.device, config.memory_format)
+        best = evaluate(evaluated, val_batches, truth, config, accelerator)
+    report.say(f"best.pt, epoch {state.best_epoch + 1}, on {len(val_labels)} val images:")
     report.evaluation(best, truth)
     report.say(f"results in {report.folder}")
     report.close()

@@ -20,7 +20,7 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from train.checkpoint import whole_file
+from train.checkpoint import TrainState, whole_file
 from train.coco import METRICS, Evaluation
 from train.config import EvalConfig, TrainConfig
 from train.data import Labels, TrainSet
@@ -167,13 +167,10 @@ class Report:
 
     def epoch(
         self,
-        epoch: int,
         losses: dict[str, float],
         optimizer: torch.optim.Optimizer,
         result: Evaluation,
-        best: Evaluation,
-        best_epoch: int,
-        step: int,
+        state: TrainState,
         validation_seconds: float,
     ) -> None:
         """The epoch's line of losses and line of metrics, its row in results.csv, its point in the trackers."""
@@ -182,7 +179,8 @@ class Report:
             self.bar = None
         seconds = time.perf_counter() - self.started
         training = seconds - validation_seconds
-        row = {"epoch": epoch + 1, "global_step": step, "seconds": round(seconds, 3)}
+        step = state.ema.updates
+        row = {"epoch": state.epoch + 1, "global_step": step, "seconds": round(seconds, 3)}
         row["images_per_s"] = round(self.images / training, 2)
         row |= {f"train/{name}": value for name, value in losses.items()}
         row |= {f"val/{name}": result.metrics[name] for name in METRICS}
@@ -192,7 +190,7 @@ class Report:
         shown = _numbers({name: result.metrics[name] for name in METRICS[:6]})
         self.say(
             f"{self.where}  val    {shown}  {result.images} images in {validation_seconds:.1f} s"
-            f"  (best AP {best.metrics['AP']:.4g} in epoch {best_epoch + 1})"
+            f"  (best AP {state.best_ap:.4g} in epoch {state.best_epoch + 1})"
         )
         if self.accelerator.is_main_process:
             self._write_csv()
