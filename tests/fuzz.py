@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from train.config import InputError
-from train.data import _read_image, find_data
+from train.labels import _read_image, find_data
 from train.shapes import draw_shapes
 
 LABELS = [b"0 0.5 0.5 0.2 0.2\n1 0.1 0.2 0.1 0.1\n", b"0 0.1 0.1 0.2 0.1 0.2 0.2\n", b"", b"\xef\xbb\xbf2 0.5 0.5 1 1"]

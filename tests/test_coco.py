@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from train.coco import METRICS, _check_ids, coco_metrics, ground_truth
-from train.data import Labels
+from train.labels import Labels
 
 
 def scene(images: int, classes: int, seed: int = 0) -> tuple[dict, np.ndarray]:

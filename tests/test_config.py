@@ -15,8 +15,8 @@ def test_the_defaults_are_valid_and_ultralytics():
     ours = set(vars(theirs)) & set(vars(config)) - {"model", "data", "project", "name"}
     assert {"lr0", "mosaic", "close_mosaic", "box", "warmup_bias_lr", "iou", "max_det", "imgsz"} <= ours
     different = {name for name in ours if getattr(config, name) != getattr(theirs, name)}
-    # Ultralytics leaves both unset: it validates at 0.001, and picks the memory order by the device
-    assert different == {"conf", "channels_last"}
+    # Ultralytics leaves two unset: it validates at 0.001, and picks the memory order by the device; its resume is a bool
+    assert different == {"conf", "channels_last", "resume"}
 
 
 def test_all_faults_are_told_at_once():

@@ -11,7 +11,8 @@ from ultralytics.cfg import get_cfg
 from ultralytics.data.dataset import YOLODataset
 
 from train.config import InputError, TrainConfig
-from train.data import GROUP, Labels, Positions, TrainSet, ValSet, find_data, image_ids, read_label, scan
+from train.data import GROUP, Positions, TrainSet, ValSet
+from train.labels import Labels, find_data, image_ids, read_label, scan
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,9 @@ from ultralytics.utils.torch_utils import unset_deterministic
 
 from tests.test_parity import furthest
 from train.config import TrainConfig
-from train.data import TrainSet, find_data, scan
+from train.data import TrainSet
 from train.engine import train_one_epoch
+from train.labels import find_data, scan
 from train.model import ModelEMA, build_model, end_of_epoch, use_global_loss
 from train.optim import Schedule, build_optimizer
 from train.report import Report

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import numpy as np
 
-from train.data import read_label
+from train.labels import read_label
 from train.shapes import SIZES, draw_shapes
 
 

@@ -13,7 +13,8 @@ from ultralytics.cfg import get_cfg
 from ultralytics.data.dataset import YOLODataset
 
 from train.config import TrainConfig
-from train.data import TrainSet, find_data, scan
+from train.data import TrainSet
+from train.labels import find_data, scan
 from train.shapes import draw_shapes
 
 SAMPLES = 2000

@@ -17,7 +17,8 @@ from accelerate import Accelerator
 from ultralytics.utils.ops import scale_boxes, xywh2ltwh, xyxy2ltwh
 
 from train.config import EvalConfig
-from train.data import Labels, as_images
+from train.data import as_images
+from train.labels import Labels
 from train.model import detect
 from train.processes import on_main
 

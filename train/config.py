@@ -348,13 +348,14 @@ def _read_file(kind: type[EvalConfig], file: str) -> tuple[dict[str, Any], list[
         raise InputError(f"--cfg {file} is not {'JSON' if file.endswith('.json') else 'YAML'}: {error}") from None
     if not isinstance(content, dict):
         raise InputError(f"--cfg {file} holds no options; it must be a mapping such as `epochs: 50`.")
+    content = {key: value for key, value in content.items() if key not in ("versions", "resume")}  # of that run alone
     known = {field.name: field for field in dataclasses.fields(kind)}
     from ultralytics.cfg import get_cfg  # not for the launcher: importing it sets OMP_NUM_THREADS
 
     # Ultralytics' files list all its options: what is unset, or stands at its default, asks for nothing.
     defaults = vars(get_cfg())
     asked = {k: v for k, v in content.items() if v is not None and not (k not in known and defaults.get(k, ...) == v)}
-    unknown = sorted(str(key) for key in asked if key not in known and key != "versions")
+    unknown = sorted(str(key) for key in asked if key not in known)
     values: dict[str, Any] = {}
     faults = []
     for name in asked:

@@ -20,8 +20,9 @@ from torch import nn
 from train.checkpoint import TrainState, check_resume, new_folder
 from train.coco import Evaluation, evaluate, ground_truth
 from train.config import InputError, TrainConfig
-from train.data import TrainSet, ValSet, check_usable, find_data, scan, train_loader, val_loader
+from train.data import TrainSet, ValSet, train_loader, val_loader
 from train.engine import check_finite, train_one_epoch
+from train.labels import check_usable, find_data, scan
 from train.model import (
     ModelEMA,
     build_model,

@@ -23,7 +23,8 @@ from tqdm import tqdm
 from train.checkpoint import TrainState, whole_file
 from train.coco import METRICS, Evaluation
 from train.config import EvalConfig, TrainConfig
-from train.data import Labels, TrainSet
+from train.data import TrainSet
+from train.labels import Labels
 from train.optim import Schedule
 from train.plots import draw_validation
 from train.processes import on_main, processes

@@ -14,7 +14,8 @@ from pathlib import Path
 from train.checkpoint import new_folder
 from train.coco import evaluate, ground_truth
 from train.config import InputError, ValConfig
-from train.data import ValSet, check_usable, find_data, scan, val_loader
+from train.data import ValSet, val_loader
+from train.labels import check_usable, find_data, scan
 from train.model import check_imgsz, fetch_weights, inference_copy, largest_stride, load_detector, set_end2end
 from train.processes import on_main, once_per_machine, run, start_processes
 from train.report import Report

@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from train.config import TrainConfig
-from train.data import TrainSet, find_data, scan, train_loader
+from train.data import TrainSet, train_loader
 from train.engine import train_one_epoch
+from train.labels import find_data, scan
 from train.model import ModelEMA, build_model, use_global_loss
 from train.optim import Schedule, build_optimizer
 from train.processes import start_processes
