@@ -15,7 +15,7 @@ def test_the_defaults_are_valid_and_ultralytics():
     ours = set(vars(theirs)) & set(vars(config)) - {"model", "data", "project", "name"}
     assert {"lr0", "mosaic", "close_mosaic", "box", "warmup_bias_lr", "iou", "max_det", "imgsz"} <= ours
     different = {name for name in ours if getattr(config, name) != getattr(theirs, name)}
-    # Ultralytics leaves two unset: it validates at 0.001, and picks the memory order by the device; its resume is a bool
+    # Ultralytics leaves two unset (it validates at 0.001, the device decides the memory order); its resume is a bool
     assert different == {"conf", "channels_last", "resume"}
 
 
