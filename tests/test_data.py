@@ -47,6 +47,9 @@ def test_text_lists_and_lists_of_sources(shapes: Path, tmp_path: Path):
     data = find_data(str(tmp_path / "data.yaml"))
     assert data.images("val") == [str(file) for file in some]
     assert len(data.images("train")) == 24
+    (tmp_path / "some.txt").write_text("\n".join(map(str, [*some, some[0]])))
+    assert len(data.images("val")) == 3  # validated once, trained on as often as it is listed
+    assert len(data.images("train", repeats=True)) == 25
 
 
 def test_a_data_set_that_is_not_there_names_the_folders(tmp_path: Path, monkeypatch):

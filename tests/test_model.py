@@ -107,6 +107,22 @@ def test_a_checkpoint_cannot_run_code(tmp_path: Path):
         load_detector(str(tmp_path / "text.pt"))
 
 
+class Foreign:
+    """A class that neither Ultralytics nor torch has."""
+
+
+def test_a_checkpoint_with_foreign_classes_needs_trust(tmp_path: Path):
+    checkpoint = as_checkpoint(build("yolov8n.yaml"), {}, 0, {})
+    torch.save(checkpoint | {"extra": Foreign()}, tmp_path / "foreign.pt")
+    with pytest.raises(InputError, match="--trust-checkpoint"):
+        load_detector(str(tmp_path / "foreign.pt"))
+    loaded, rest = load_detector(str(tmp_path / "foreign.pt"), trust=True)
+    assert isinstance(rest["extra"], Foreign)
+    assert torch.equal(loaded.model[0].conv.weight, checkpoint["model"].model[0].conv.weight)
+    with pytest.raises(InputError, match="--trust-checkpoint"):  # trust holds for one file
+        load_detector(str(tmp_path / "foreign.pt"))
+
+
 def test_models_that_are_not_there(tmp_path: Path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=r"no checkpoint .*mine\.pt"):

@@ -53,7 +53,7 @@ def main(config: TrainConfig) -> None:
 
     # Data: each rank reads a share of the labels, then every rank knows all of them.
     data = once_per_machine(accelerator, lambda: find_data(config.data, config.single_cls))
-    train_files, val_files = data.images("train", config.fraction), data.images("val")
+    train_files, val_files = data.images("train", config.fraction, repeats=True), data.images("val")
     report.say(f"reading the labels of {len(train_files)} train and {len(val_files)} val images")
     train_labels, train_faults = scan(train_files, data.names, config, accelerator)
     val_labels, val_faults = scan(val_files, data.names, config, accelerator)

@@ -36,8 +36,10 @@ class DataFiles:
     channels: int
     splits: dict[str, Any]  # train, val, test as the YAML gives them
 
-    def images(self, split: str, fraction: float = 1.0) -> list[str]:
+    def images(self, split: str, fraction: float = 1.0, repeats: bool = False) -> list[str]:
         """Sorted image paths of a split, or the first of them: a share, or a number where `fraction` is above 1.
+
+        With `repeats` an image that is listed twice counts twice, as people oversample rare classes for training.
 
         Raises:
             InputError: the YAML does not name the split, or what it names is not there or holds no image.
@@ -60,7 +62,8 @@ class DataFiles:
                 files += (_listed(line.strip(), path.parent, self.root) for line in lines if line.strip())
             else:
                 raise InputError(f"{self.name} says `{split}: {entry}`, but there is no {path}.")
-        files = sorted({file for file in files if file.rpartition(".")[2].lower() in IMG_FORMATS})
+        files = [file for file in files if file.rpartition(".")[2].lower() in IMG_FORMATS]
+        files = sorted(files if repeats else set(files))
         if not files:
             raise InputError(f"{self.name}: no images in {', '.join(str(self.root / e) for e in _as_list(entries))}.")
         return files[: max(1, round(fraction * len(files)))] if fraction <= 1 else files[: round(fraction)]
@@ -94,7 +97,12 @@ def find_data(data: str, single_cls: bool = False) -> DataFiles:
         InputError: no such YAML, a YAML that is not a data set's, or a data set that is not on this machine.
     """
     if data == "shapes":
-        data = str(draw_shapes(Path("datasets")))
+        try:
+            data = str(draw_shapes(Path("datasets")))
+        except OSError as error:
+            raise InputError(
+                f"--data shapes is drawn into {Path('datasets').absolute()}, and cannot be: {error}"
+            ) from None
     path = Path(os.path.expanduser(data))
     if not os.path.isfile(path):
         packaged = ROOT / "cfg" / "datasets" / path.name

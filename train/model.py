@@ -80,6 +80,8 @@ def load_detector(weights: str, trust: bool = False) -> tuple[DetectionModel, di
     except Exception as error:  # a broken pickle fails in as many ways as there are bytes
         hint = "" if trust else " --trust-checkpoint loads classes other than Ultralytics' and torch's, and their code."
         raise InputError(f"{weights} is not a checkpoint that can be loaded: {_first_line(error)}{hint}") from None
+    finally:
+        tasks.SAFE_LOAD = True
     if type(model) is not DetectionModel or type(model.model[-1]) not in (Detect, v10Detect):  # segmentation inherits
         kind = type(model.model[-1]).__name__ if isinstance(model, BaseModel) else type(model).__name__
         raise InputError(f"{weights} ends in a {kind} head; these scripts are for YOLO detection models.")

@@ -43,10 +43,10 @@ def draw_shapes(folder: Path, splits: dict[str, int] | None = None, seed: int = 
                     _write(draft, split, i, np.random.default_rng([seed, number, i]))
             (draft / "shapes.yaml").write_text(YAML)
             draft.chmod(0o755)  # mkdtemp makes folders for the user alone
-            os.rename(draft, done)
-        except BaseException:
+            if not done.exists():  # else another run has been faster
+                os.rename(draft, done)
+        finally:
             shutil.rmtree(draft, ignore_errors=True)
-            raise
     return done / "shapes.yaml"
 
 
