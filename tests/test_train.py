@@ -120,12 +120,21 @@ def test_one_wandb_run_offline_without_asking(tmp_path: Path, shapes: Path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     (run,) = (tmp_path / "runs" / "detect" / "exp" / "wandb").glob("offline-run-*")
+    assert f"wandb      offline; to send it: wandb sync {run}" in done.stdout
     (records,) = run.glob("*.wandb")
     stored = records.read_bytes()
     assert b"val/AP50" in stored
     assert b"train/box_loss" in stored
     assert b"close_mosaic" in stored  # the configuration
     assert not (tmp_path / ".config" / "Ultralytics").exists()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_tracker_that_fails_is_one_warning_and_the_training_goes_on(ranks: int, tmp_path: Path, shapes: Path):
+    done = launch(ranks, DETECT, "--data", shapes, *QUICK, "--epochs", 1, cwd=tmp_path, WANDB_MODE="nonsense")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("warning: the trackers did not start and stay off") == 1
+    assert "results in" in done.stdout
 
 
 def test_a_new_folder_for_each_run(tmp_path: Path, shapes: Path):

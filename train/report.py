@@ -225,13 +225,20 @@ class Report:
         """Start the trackers on the main process. One that fails is a warning; it never ends the training."""
         self.accelerator.project_configuration.logging_dir = str(self.folder)
         values = {k: v if isinstance(v, int | float | str) else str(v) for k, v in asdict(config).items()}
+        failure, place = "", ""
         try:
             wandb_here = "wandb" in config.trackers and self.accelerator.is_main_process
             options = {"wandb": _wandb_options(self.folder)} if wandb_here else {}
             self.accelerator.init_trackers("yolo-accelerate", config=values, init_kwargs=options)
+            place = _wandb_place(self.accelerator.get_tracker("wandb", unwrap=True)) if wandb_here else ""
         except Exception as error:
+            failure = str(error)
+        failure, place = on_main(self.accelerator, lambda: (failure, place))
+        if failure:
             self.accelerator.trackers = []
-            self.say(f"warning: the trackers did not start and stay off: {error}")
+            self.say(f"warning: the trackers did not start and stay off: {failure}")
+        elif place:
+            self.say(f"wandb      {place}")
 
     def close(self) -> None:
         """Finish the trackers and the logs."""
@@ -254,6 +261,13 @@ def _wandb_options(folder: Path) -> dict[str, Any]:
         if not known:
             options["mode"] = "offline"
     return options
+
+
+def _wandb_place(run: Any) -> str:
+    """Where a W&B run is to be found."""
+    if run.disabled:
+        return "disabled by WANDB_MODE"
+    return f"offline; to send it: wandb sync {Path(run.dir).parent}" if run.offline else run.url
 
 
 def _counts(labels: list[Labels]) -> str:
