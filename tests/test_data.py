@@ -153,6 +153,15 @@ def test_broken_files_are_left_out_with_their_reasons_and_a_read_only_folder_wor
     assert sorted(tmp_path.rglob("*")) == before  # no cache written
 
 
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
+def test_an_image_without_read_permission_is_left_out(tmp_path: Path, accelerator: Accelerator):
+    cv2.imwrite(str(tmp_path / "a.png"), np.zeros((40, 60, 3), np.uint8))
+    (tmp_path / "a.png").chmod(0)
+    found, faults = scan([str(tmp_path / "a.png")], {0: "a"}, TrainConfig(), accelerator)
+    assert not found
+    assert "a.png: not a readable image" in faults[0]
+
+
 def test_image_ids():
     assert image_ids(["x/000139.jpg", "x/000285.jpg"]) == [139, 285]
     assert image_ids(["x/1.jpg", "y/01.jpg"]) == [0, 1]  # not distinct

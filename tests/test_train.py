@@ -210,6 +210,12 @@ def test_patience(tmp_path: Path, shapes: Path):
     assert len(rows(tmp_path / "runs" / "detect" / "exp")) == 3
 
 
+def test_time_is_kept_to(tmp_path: Path, shapes: Path):
+    console = succeed(2, DETECT, "--data", shapes, *QUICK, "--time", 1e-6, "--trackers", "none", cwd=tmp_path)
+    assert "stopping: another epoch would not end within 1e-06 hours (--time)" in console
+    assert len(rows(tmp_path / "runs" / "detect" / "exp")) == 1
+
+
 ULTRALYTICS = """
 import sys
 sys.modules["train"] = None  # importing it fails
