@@ -1,5 +1,6 @@
 import os
 import random
+from dataclasses import fields
 from pathlib import Path
 
 import cv2
@@ -10,8 +11,8 @@ from accelerate import Accelerator
 from ultralytics.cfg import get_cfg
 from ultralytics.data.dataset import YOLODataset
 
-from train.config import InputError, TrainConfig
-from train.data import GROUP, Positions, TrainSet, ValSet
+from train.config import Augmentation, InputError, TrainConfig
+from train.data import GROUP, Positions, TrainSet, ValSet, augmentation
 from train.labels import Labels, find_data, image_ids, read_label, scan
 
 
@@ -218,6 +219,13 @@ def test_mosaic_partners_come_from_the_aligned_group(train_set: TrainSet):
         loaded |= set(train_set._decoded)
     assert loaded <= set(order[16:32].tolist())
     assert len(loaded) > 8
+
+
+def test_every_augmentation_option_reaches_ultralytics():
+    changed = {"copy_paste_mode": "mixup", "degrees": 7.0, "bgr": 0.5, "cutmix": 0.25}
+    hyp = augmentation(TrainConfig(**changed))
+    for field in fields(Augmentation):
+        assert getattr(hyp, field.name) == changed.get(field.name, field.default)
 
 
 def test_a_batch_of_whole_groups_decodes_each_image_once(train_set: TrainSet):

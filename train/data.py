@@ -10,7 +10,7 @@ import os
 import random
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from ultralytics.cfg import get_cfg
 from ultralytics.data.augment import Albumentations, Compose, v8_transforms
 from ultralytics.data.dataset import YOLODataset
 
-from train.config import EvalConfig, TrainConfig
+from train.config import Augmentation, EvalConfig, TrainConfig
 from train.labels import Labels
 from train.processes import local_processes
 
@@ -204,10 +204,7 @@ def _chunks(items: list, size: int) -> Iterator[list]:
 
 def augmentation(config: TrainConfig) -> Any:
     """Ultralytics' hyperparameter namespace with this run's augmentation."""
-    names = (
-        "hsv_h hsv_s hsv_v degrees translate scale shear perspective flipud fliplr bgr mosaic mixup cutmix copy_paste"
-    )
-    return get_cfg(overrides={name: getattr(config, name) for name in names.split()})
+    return get_cfg(overrides={field.name: getattr(config, field.name) for field in fields(Augmentation)})
 
 
 # Loaders --------------------------------------------------------------------------------------------------------------
