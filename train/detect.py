@@ -111,12 +111,8 @@ def main(config: TrainConfig) -> None:
         result = evaluate(evaluated, val_batches, truth, config, accelerator)
         state.epoch = epoch
         if result.fitness > state.best_fitness:
-            best, state.best_epoch, state.best_fitness, state.best_ap = (
-                result,
-                epoch,
-                result.fitness,
-                result.metrics["AP"],
-            )
+            best, state.best_epoch = result, epoch
+            state.best_fitness, state.best_ap = result.fitness, result.metrics["AP"]
         report.epoch(losses, optimizer, result, state, time.perf_counter() - trained)
         on_main(accelerator, partial(state.save, trained_with, result.metrics, weights))
         if report.no_time_left(config.time):

@@ -48,7 +48,7 @@ class DataFiles:
         if not entries:
             raise InputError(f"{self.name} names no `{split}` images; add a line `{split}: folder-or-list.txt`.")
         files: list[str] = []
-        for entry in entries if isinstance(entries, list) else [entries]:
+        for entry in _as_list(entries):
             path = _located(self.root, entry)
             if os.path.isdir(path):  # unlike pathlib's, these take any string
                 files += glob.glob(str(Path(glob.escape(str(path))) / "**" / "*.*"), recursive=True)  # follows links

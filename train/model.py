@@ -149,9 +149,9 @@ def _frozen_layers(model: DetectionModel, freeze: int | tuple[int | str, ...] | 
     layers = len(model.model)
     wanted = () if freeze is None else tuple(range(freeze)) if isinstance(freeze, int) else freeze
     prefixes = tuple(f"model.{layer}." for layer in wanted)
-    unknown = [p for p in prefixes if not any(name.startswith(p) for name, _ in model.named_modules())]
-    without = [p for p in unknown if not any(f"{name}." == p for name, _ in model.named_modules())]
-    if without or (isinstance(freeze, int) and not 0 <= freeze < layers):
+    modules = [f"{name}." for name, _ in model.named_modules()]
+    unknown = [prefix for prefix in prefixes if not any(module.startswith(prefix) for module in modules)]
+    if unknown or (isinstance(freeze, int) and not 0 <= freeze < layers):
         value = freeze if isinstance(freeze, int) else " ".join(map(str, wanted))
         raise InputError(
             f"--freeze is {value}; this model has the layers 0 to {layers - 1}, and at least one must train."
