@@ -2,14 +2,14 @@
 PYTHON ?= python3
 GPUS ?=
 CPUS ?=
-PRECISION ?= auto
+PRECISION ?=
 ARGS ?=
 
 PY := .venv/bin/python
 # Runs a script on GPUS or CPUS processes: through accelerate launch, or as one plain process that gets the signals.
 LAUNCH = @exec $(PY) -m train.processes --gpus "$(GPUS)" --cpus "$(CPUS)" --
 # The recipe of a first run: a few minutes on two CPU cores. It applies only where ARGS names no data set.
-QUICK := --imgsz 160 --epochs 14 --batch 16 --nbs 16 --warmup-epochs 1 --mosaic 0 --channels-last
+QUICK := --imgsz 160 --epochs 14 --batch 16 --nbs 16 --warmup-epochs 1 --mosaic 0
 LAST_WEIGHTS = $$(ls -t runs/detect/*/weights/best.pt 2>/dev/null | head -n 1)
 
 .PHONY: help train validate test fuzz check clean
@@ -18,15 +18,15 @@ LAST_WEIGHTS = $$(ls -t runs/detect/*/weights/best.pt 2>/dev/null | head -n 1)
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
 	@echo
-	@echo "GPUS=2 or CPUS=2 sets the processes (all GPUs, else one process), PRECISION=bf16|fp16|no the precision,"
+	@echo "GPUS=2 or CPUS=2 sets the processes (all GPUs, else one process), PRECISION=auto|bf16|fp16|no the precision,"
 	@echo 'ARGS="--data coco.yaml --epochs 50" the options; $(PY) train/detect.py --help lists them.'
 
 train: .venv/installed  ## train, by default on the built-in shapes: make train GPUS=2 ARGS="--data coco.yaml"
-	$(LAUNCH) train/detect.py --mixed-precision $(PRECISION) $(if $(findstring --data,$(ARGS))$(findstring --cfg,$(ARGS)),,$(QUICK)) $(ARGS)
+	$(LAUNCH) train/detect.py --mixed-precision $(or $(PRECISION),auto) $(if $(findstring --data,$(ARGS))$(findstring --cfg,$(ARGS)),,$(QUICK)) $(ARGS)
 
 validate: .venv/installed  ## evaluate, by default the newest best.pt: make validate ARGS="--weights x.pt --data coco.yaml"
-	$(LAUNCH) train/validate.py --mixed-precision $(PRECISION) \
-		$(if $(findstring --weights,$(ARGS)),,--weights "$(LAST_WEIGHTS)") $(ARGS)
+	$(LAUNCH) train/validate.py $(if $(PRECISION),--mixed-precision $(PRECISION)) \
+		$(if $(findstring --weights,$(ARGS))$(findstring --predictions,$(ARGS)),,--weights "$(LAST_WEIGHTS)") $(ARGS)
 
 test: .venv/installed-dev  ## run the tests
 	@exec $(PY) -m pytest $(ARGS)

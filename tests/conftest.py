@@ -59,9 +59,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "1",
         "--mosaic",
         "0",
-        "--trackers",
-        "none",
-        "--channels-last",
     ]
     succeed(1, DETECT, *recipe, "--trackers", "none", "--mixed-precision", "auto", cwd=folder, OMP_NUM_THREADS="2")
     return folder / "runs" / "detect" / "exp"

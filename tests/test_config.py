@@ -3,8 +3,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import torch
 
 from train.config import InputError, TrainConfig, ValConfig, parse
+from train.model import as_checkpoint, build_model
 
 
 def test_the_defaults_are_valid_and_ultralytics():
@@ -15,8 +17,8 @@ def test_the_defaults_are_valid_and_ultralytics():
     ours = set(vars(theirs)) & set(vars(config)) - {"model", "data", "project", "name"}
     assert {"lr0", "mosaic", "close_mosaic", "box", "warmup_bias_lr", "iou", "max_det", "imgsz"} <= ours
     different = {name for name in ours if getattr(config, name) != getattr(theirs, name)}
-    # Ultralytics leaves two unset (it validates at 0.001, the device decides the memory order); its resume is a bool
-    assert different == {"conf", "channels_last", "resume"}
+    # Ultralytics leaves conf unset and validates at 0.001; its rect is for training alone; its resume is a bool
+    assert different == {"conf", "rect", "resume"}
 
 
 def test_all_faults_are_told_at_once():
@@ -67,12 +69,35 @@ def test_help_groups_the_options_and_shows_defaults(capsys):
     assert "Probability of a mosaic of four images" in said
 
 
-def test_validation_takes_data_and_size_from_the_checkpoint():
-    config = ValConfig(weights="best.pt").with_defaults({"data": "coco.yaml", "imgsz": 320})
-    assert (config.data, config.imgsz) == ("coco.yaml", 320)
-    config = ValConfig(weights="best.pt", data="other.yaml", imgsz=64).with_defaults(
-        {"data": "coco.yaml", "imgsz": 320}
-    )
-    assert (config.data, config.imgsz) == ("other.yaml", 64)
-    with pytest.raises(InputError, match="--data"):
-        ValConfig(weights="best.pt").with_defaults({})
+def test_validation_goes_by_the_checkpoint_where_the_command_line_says_nothing(tmp_path: Path, monkeypatch):
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    best = str(tmp_path / "best.pt")
+    trained = TrainConfig(
+        data="/data/coco.yaml", imgsz=96, val_batch=7, conf=0.01, rect=False, max_dets=(1, 2, 3), channels_last=True,
+        mixed_precision="bf16", classes=(0, 2), annotations="truth.json", val_limit=5, workers=3, plots=False,
+    )  # fmt: skip
+    model, _ = build_model(trained, "yolov8n.yaml", {0: "a", 1: "b", 2: "c"}, 3)
+    torch.save(as_checkpoint(model, asdict(trained), 0, {}), best)
+    config, _ = parse(ValConfig, "", ["--weights", best])
+    kept = ("data", "imgsz", "val_batch", "conf", "rect", "max_dets", "mixed_precision", "channels_last", "classes")
+    assert all(getattr(config, name) == getattr(trained, name) for name in (*kept, "annotations"))
+    assert (config.val_limit, config.workers, config.plots) == (None, 8, True)  # the run's and the machine's
+    config, _ = parse(ValConfig, "", ["--weights", best, "--data", "x.yaml", "--imgsz", "64", "--rect"])
+    assert (config.data, config.imgsz, config.rect, config.conf, config.annotations) == ("x.yaml", 64, True, 0.01, "")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    assert parse(ValConfig, "", ["--weights", best])[0].mixed_precision is None  # the launcher's
+
+
+def test_what_to_evaluate_is_one_thing():
+    for wrong in (ValConfig(), ValConfig(weights="a.pt", predictions="b.json"), ValConfig(predictions="b.json")):
+        with pytest.raises(InputError, match=r"either --weights|needs --data"):
+            wrong.check()
+    with pytest.raises(InputError, match=r"--max-dets is \[1, 1, 3\]"):
+        ValConfig(weights="a.pt", max_dets=(1, 1, 3)).check()
+
+
+def test_rect_of_ultralytics_files_asks_for_nothing(tmp_path: Path):
+    (tmp_path / "args.yaml").write_text("rect: false\n")  # training only, there; it always validates rectangular
+    assert parse(TrainConfig, "", ["--cfg", str(tmp_path / "args.yaml")])[0].rect is None
+    (tmp_path / "config.json").write_text('{"rect": false, "versions": {}}')
+    assert parse(TrainConfig, "", ["--cfg", str(tmp_path / "config.json")])[0].rect is False

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from train.coco import Evaluation
 from train.config import InputError, TrainConfig
 from train.model import ModelEMA, as_checkpoint, end_of_epoch
 
@@ -39,16 +40,22 @@ class TrainState:
     scaler: torch.amp.GradScaler | None
     rows: list[dict[str, Any]]  # of results.csv
     epoch: int = -1  # the last one that is finished
-    best_epoch: int = 0
+    best_epoch: int = -1  # none yet
     best_fitness: float = -math.inf
     best_ap: float = -1.0
 
-    def save(self, config: TrainConfig, metrics: dict[str, float], folder: Path) -> None:
+    def save(self, config: TrainConfig, result: Evaluation | None, folder: Path) -> None:
         """Write last.pt for Ultralytics, best.pt where this epoch is the best, and state.pt to resume from.
+
+        Args:
+            config: with what validation depends on resolved; kept in the checkpoints.
+            result: of this epoch, where it was validated.
+            folder: where to.
 
         Raises:
             InputError: the disk is full, or the folder cannot be written.
         """
+        metrics = {f"{config.val_name}/{name}": value for name, value in result.metrics.items()} if result else {}
         checkpoint = as_checkpoint(self.ema.ema, asdict(config), self.epoch, metrics)
         state = {name: getattr(self, name) for name in ("rows", "epoch", "best_epoch", "best_fitness", "best_ap")}
         state |= {"model": self.model.state_dict(), "ema": self.ema.ema.state_dict(), "updates": self.ema.updates}

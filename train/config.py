@@ -7,9 +7,10 @@ side. `parse` reads the command line, and a file of options (`--cfg`) below it.
 import dataclasses
 import json
 import math
+import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -42,19 +43,34 @@ class Data:
 class Validation:
     """Validation."""
 
+    split: Literal["train", "val", "test"] = "val"
+    """Split of the data set to validate on."""
+    annotations: str = ""
+    """A COCO annotation file of the split: ids, areas and crowd boxes are then its own; unset takes the label files."""
+    val_fraction: float = 1.0
+    """Share of the split to validate on: a fixed subset, whose metrics have names of their own."""
+    val_limit: int | None = None
+    """Most images of the split to validate on; as --val-fraction."""
     val_batch: int = 32
     """Validation batch of each process. Batches are made from the data set and this alone, so AP does not move."""
+    rect: bool | None = None
+    """Little padding: `--rect` for batches of similar aspect ratio, in training without mosaic and mixing; `--no-rect`
+    for square ones. Unset trains square and validates every image in its own aspect ratio, as Ultralytics does."""
     conf: float = 0.001
     """Score below which a prediction is dropped before NMS."""
     iou: float = 0.7
     """IoU above which NMS drops the lower-scoring of two boxes of one class."""
     max_det: int = 300
     """Most detections kept in one image."""
+    max_dets: tuple[int, int, int] = (1, 10, 100)
+    """COCO's detections per image that AR is measured at; AP is measured at the last."""
     end2end: bool | None = None
     """Validate an end-to-end model (v10, 26) by its one-to-one head, without NMS, or by its one-to-many head with NMS;
     unset keeps the model's own choice."""
     coco_eval: Literal["hotcoco", "pycocotools"] = "hotcoco"
     """Evaluator of the COCO metric. Both give the same bits; hotcoco is much faster."""
+    plots: bool = True
+    """Draw curves, the confusion matrix, TIDE errors and a page of the worst images."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,8 +80,9 @@ class Computing:
     mixed_precision: Precision | None = None
     """Precision of forward and backward: `auto` takes what the device does fast and safely; unset takes what
     `accelerate launch --mixed_precision` says, else fp32 (`no`)."""
-    channels_last: bool = False
-    """Keep weights and images in NHWC memory order: faster convolutions with bf16 and fp16."""
+    channels_last: bool | None = None
+    """Keep weights and images in NHWC memory order, in which most convolutions are faster; unset does so on CUDA and on
+    x86 CPUs, as Ultralytics does."""
     trust_checkpoint: bool = False
     """Load a checkpoint that holds classes other than Ultralytics' and torch's; this runs the code that is in it."""
 
@@ -79,10 +96,25 @@ class EvalConfig(Data, Validation, Computing):
         """Memory order of weights and images."""
         return torch.channels_last if self.channels_last else torch.contiguous_format
 
+    @property
+    def subset(self) -> bool:
+        """Whether only a part of the split is validated on."""
+        return self.val_fraction < 1 or self.val_limit is not None
+
+    @property
+    def val_name(self) -> str:
+        """What metrics are filed under, so that those of a subset are never taken for those of the split."""
+        return "val_subset" if self.subset else "val"
+
     def faults(self) -> list[str]:
         """Every value that cannot work, one sentence each, with the flag to change."""
         faults = _outside(self, 32, math.inf, "imgsz") + _outside(self, 1, math.inf, "val_batch", "max_det")
         faults += _outside(self, 0, 1, "conf", "iou") + _outside(self, 0, math.inf, "workers")
+        faults += _outside(self, 1e-9, 1, "val_fraction")
+        if self.val_limit is not None:
+            faults += _outside(self, 1, math.inf, "val_limit")
+        if not 0 < self.max_dets[0] < self.max_dets[1] < self.max_dets[2]:
+            faults.append(f"--max-dets is {list(self.max_dets)}; it must be three rising numbers, as 1 10 100 are.")
         if self.classes is not None and (not self.classes or min(self.classes) < 0):
             faults.append(f"--classes is {list(self.classes)}; it must be one or more class indices from 0.")
         return faults
@@ -109,6 +141,10 @@ class Training:
     """Hours: no epoch is begun that would end later, going by the last one."""
     patience: int = 100
     """Stop after this many epochs without a better 0.1·AP50 + 0.9·AP."""
+    val_interval: int = 1
+    """Validate after every so many epochs, and after the last."""
+    val_precision: Literal["bf16", "fp16", "no"] | None = None
+    """Precision of validation; unset takes that of training. Boxes are decoded and suppressed in fp32 in any case."""
     batch: int = 16
     """Global batch: images in one forward over all processes together; a multiple of their number."""
     nbs: int = 64
@@ -198,8 +234,6 @@ class Augmentation:
     """Last epochs without mosaic, mixup, cutmix and copy-paste."""
     multi_scale: float = 0.0
     """Scale each batch by up to this share either way: the same size on every rank."""
-    rect: bool = False
-    """Train on batches of images of similar aspect ratio with little padding, without mosaic and mixing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,6 +266,7 @@ class TrainConfig(Training, Recipe, Augmentation, Output, EvalConfig):
     def faults(self) -> list[str]:
         """Every value that cannot work, one sentence each, with the flag to change."""
         faults = super().faults() + _outside(self, 1, math.inf, "epochs", "batch", "nbs", "patience", "log_interval")
+        faults += _outside(self, 1, math.inf, "val_interval")
         faults += _outside(self, 0, math.inf, "lr0", "lrf", "weight_decay", "warmup_epochs", "warmup_bias_lr", "seed")
         faults += _outside(self, 0, math.inf, "close_mosaic", "box", "cls", "dfl", "degrees", "shear")
         faults += _outside(self, 0, 0.9999, "momentum", "warmup_momentum", "multi_scale")
@@ -251,28 +286,50 @@ class TrainConfig(Training, Recipe, Augmentation, Output, EvalConfig):
 class Evaluating:
     """What to evaluate."""
 
-    weights: str
-    """The checkpoint to evaluate: best.pt or last.pt of a run, or any Ultralytics detection model."""
+    weights: str = ""
+    """The checkpoint to evaluate: best.pt or last.pt of a run, whose validation options then apply where the command
+    line says nothing, or any Ultralytics detection model."""
+    predictions: str = ""
+    """Instead of a checkpoint: a COCO results file from anywhere, to be measured on --data or --annotations."""
     data: str = ""
     """The data set, as in training; unset takes the one that the checkpoint was trained on."""
-    imgsz: int = 0
+    imgsz: int = 640
     """Image size in pixels; unset takes the one that the checkpoint was trained at."""
-    split: Literal["train", "val", "test"] = "val"
-    """Split of the data set to evaluate on."""
     save_dir: str = ""
-    """Folder for metrics.json, predictions.json and ground_truth.json; unset makes runs/detect/val, val2, …"""
+    """Folder for metrics.json, predictions.json, ground_truth.json and pictures; unset makes runs/detect/val, …"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ValConfig(Evaluating, EvalConfig):
-    """Evaluate a YOLO checkpoint with COCO's metric on one process or many."""
+    """Evaluate a YOLO checkpoint, or a file of detections, with COCO's metric on one process or many."""
 
-    def with_defaults(self, trained: dict[str, Any]) -> "ValConfig":
-        """This configuration with what is unset taken from the checkpoint's training arguments."""
-        data, imgsz = self.data or trained.get("data") or "", self.imgsz or trained.get("imgsz") or 640
-        if not data:
-            raise InputError(f"{self.weights} does not say what it was trained on; name the data set with --data.")
-        return replace(self, data=str(data), imgsz=int(imgsz))
+    def faults(self) -> list[str]:
+        """Every value that cannot work, one sentence each, with the flag to change."""
+        faults = super().faults()
+        if bool(self.weights) == bool(self.predictions):
+            faults.append("Name what to evaluate: either --weights, a checkpoint, or --predictions, a results file.")
+        if self.predictions and not (self.data or self.annotations):
+            faults.append("--predictions needs --data, the data set, or --annotations, a COCO annotation file.")
+        return faults
+
+
+def _with_checkpoint(given: dict[str, Any], arguments: list[str]) -> dict[str, Any]:
+    """Options of validate.py: those given in a file, and below them those that the checkpoint was validated with."""
+    weights = _value_of("--weights", arguments) or given.get("weights", "")
+    if not weights.endswith(".pt") or not Path(weights).is_file():
+        return given
+    from train.model import trained_with  # it reads this module
+
+    known = {field.name for field in dataclasses.fields(ValConfig)}
+    # A subset is an economy of training; the rest belongs to the machine.
+    own = {"weights", "val_fraction", "val_limit", "workers", "trust_checkpoint", "coco_eval", "plots"}
+    trained = trained_with(weights, "--trust-checkpoint" in arguments)
+    kept = _typed(ValConfig, {key: value for key, value in trained.items() if key in known - own}, weights)
+    if _value_of("--data", arguments) or _value_of("--split", arguments) or {"data", "split"} & set(given):
+        kept.pop("annotations", None)  # of that data and split
+    if os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no":
+        kept.pop("mixed_precision", None)  # the launcher was told another
+    return kept | given
 
 
 def _outside(config: Any, low: float, high: float, *names: str) -> list[str]:
@@ -308,17 +365,18 @@ def parse(kind: type[C], description: str, arguments: list[str] | None = None) -
     if contradicting:
         raise InputError(f"--resume goes on with the run's own options; leave out {', '.join(contradicting)}.")
     values, warnings = _read_file(kind, str(Path(run) / "config.json") if run else _value_of("--cfg", arguments))
+    if kind is ValConfig:
+        values = _with_checkpoint(values, arguments)
     # tyro wants a value for what may also be unset
-    pairs = {"--end2end": "--end2end=True", "--no-end2end": "--end2end=False"}
-    arguments = [pairs.get(argument, argument) for argument in arguments]
+    optional = ("end2end", "rect", "channels-last")
+    pairs = {f"--{no}{name}": f"--{name}={not no}" for name in optional for no in ("", "no-")}
+    arguments = [pairs.get(argument.replace("_", "-"), argument) for argument in arguments]
     groups = [base for base in kind.__mro__[1:] if dataclasses.is_dataclass(base) and base is not EvalConfig]
     members: list[tuple[str, Any, Any]] = []
     for group in [*groups, File]:
         given = {field.name: values[field.name] for field in dataclasses.fields(group) if field.name in values}
-        required = {field.name for field in dataclasses.fields(group) if field.default is dataclasses.MISSING}
-        default = group(**given, **dict.fromkeys(required - set(given), tyro.MISSING))
         flat = tyro.conf.OmitArgPrefixes[group]  # type: ignore[valid-type]
-        members.append((group.__name__.lower(), flat, dataclasses.field(default=default)))
+        members.append((group.__name__.lower(), flat, dataclasses.field(default=group(**given))))
     parsed: Any = tyro.cli(dataclasses.make_dataclass("Options", members), args=arguments, description=description)
     options = {key: value for name, _, _ in members for key, value in vars(getattr(parsed, name)).items()}
     del options["cfg"]
@@ -348,24 +406,30 @@ def _read_file(kind: type[EvalConfig], file: str) -> tuple[dict[str, Any], list[
         raise InputError(f"--cfg {file} is not {'JSON' if file.endswith('.json') else 'YAML'}: {error}") from None
     if not isinstance(content, dict):
         raise InputError(f"--cfg {file} holds no options; it must be a mapping such as `epochs: 50`.")
+    theirs = "versions" not in content  # else a run's config.json
     content = {key: value for key, value in content.items() if key not in ("versions", "resume")}  # of that run alone
-    known = {field.name: field for field in dataclasses.fields(kind)}
+    known = {field.name for field in dataclasses.fields(kind)}
     from ultralytics.cfg import get_cfg  # not for the launcher: importing it sets OMP_NUM_THREADS
 
     # Ultralytics' files list all its options: what is unset, or stands at its default, asks for nothing.
     defaults = vars(get_cfg())
-    asked = {k: v for k, v in content.items() if v is not None and not (k not in known and defaults.get(k, ...) == v)}
+    asked = {k: v for k, v in content.items() if v is not None and not (theirs and defaults.get(k, ...) == v)}
     unknown = sorted(str(key) for key in asked if key not in known)
-    values: dict[str, Any] = {}
-    faults = []
-    for name in asked:
-        if name in known:
-            try:
-                wanted: Any = known[name].type
-                values[name] = pydantic.TypeAdapter(wanted).validate_python(asked[name])
-            except pydantic.ValidationError as error:
-                faults.append(f"--cfg {file}: {name} is {asked[name]!r}; {error.errors()[0]['msg'].lower()}.")
-    if faults:
-        raise InputError("\n".join(faults))
+    values = _typed(kind, {name: value for name, value in asked.items() if name in known}, f"--cfg {file}")
     warnings = [f"warning: {file} sets {', '.join(unknown)}, which this project does not have"] if unknown else []
     return values, warnings
+
+
+def _typed(kind: type[EvalConfig], values: dict[str, Any], source: str) -> dict[str, Any]:
+    """Options in the types that their fields have; an InputError lists those that are of another."""
+    types: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(kind)}
+    typed: dict[str, Any] = {}
+    faults = []
+    for name, value in values.items():
+        try:
+            typed[name] = pydantic.TypeAdapter(types[name]).validate_python(value)
+        except pydantic.ValidationError as error:
+            faults.append(f"{source}: {name} is {value!r}; {error.errors()[0]['msg'].lower()}.")
+    if faults:
+        raise InputError("\n".join(faults))
+    return typed

@@ -170,29 +170,33 @@ class TrainSet(_Images):
 
 
 class ValSet(_Images):
-    """Validation images, each letterboxed to the shape that Ultralytics gives it at batch 1.
+    """Validation images, each letterboxed to the shape that Ultralytics gives it at batch 1, or to a square.
 
     Ultralytics sets the padded shape for a block of images of similar aspect ratio, so it moves with the batch size.
     With blocks of one image it depends on that image and imgsz alone.
     """
 
-    def __init__(self, labels: list[Labels], names: dict[int, str], channels: int, imgsz: int, stride: int):
+    def __init__(
+        self, labels: list[Labels], names: dict[int, str], channels: int, imgsz: int, stride: int, rect: bool = True
+    ):
         by_file = {entry.im_file: entry.image_id for entry in labels}
         super().__init__(
-            labels, names, channels, imgsz=imgsz, hyp=get_cfg(), rect=True, batch_size=1, stride=stride, pad=0.5
+            labels, names, channels, imgsz=imgsz, hyp=get_cfg(), rect=rect, batch_size=1, stride=stride, pad=0.5
         )
-        self.ids = [by_file[file] for file in self.im_files]  # Ultralytics has sorted the images by aspect ratio
+        self.ids = [by_file[file] for file in self.im_files]  # Ultralytics sorts by aspect ratio where rect
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """The letterboxed image with its id, original shape, and the (gain, padding) that scaled it."""
+        """The letterboxed image with its labels, its id, original shape, and the (gain, padding) that scaled it."""
         sample = super().__getitem__(index)
-        return {key: sample[key] for key in ("im_file", "img", "ori_shape", "ratio_pad")} | {"id": self.ids[index]}
+        names = ("im_file", "img", "cls", "bboxes", "batch_idx", "ori_shape", "ratio_pad")
+        return {name: sample[name] for name in names} | {"id": self.ids[index]}
 
     def batches(self, batch: int) -> list[list[int]]:
         """Batches of images of one shape, most pixels first: dealt to the ranks in turn, the shares come out even."""
         by_shape = defaultdict(list)
         for index in sorted(range(len(self)), key=lambda i: self.ids[i]):
-            by_shape[tuple(int(side) for side in self.batch_shapes[index])].append(index)
+            shape = self.batch_shapes[index] if self.rect else (self.imgsz, self.imgsz)
+            by_shape[tuple(int(side) for side in shape)].append(index)
         chunks = [(h * w, part) for (h, w), all_ in by_shape.items() for part in _chunks(all_, batch)]
         return [part for _, part in sorted(chunks, key=lambda chunk: (-chunk[0] * len(chunk[1]), chunk[1]))]
 

@@ -9,7 +9,6 @@
 `--help` lists the options. A run leaves its weights, results.csv, metrics and logs in runs/detect/exp, exp2, …
 """
 
-import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +17,7 @@ import numpy as np
 from torch import nn
 
 from train.checkpoint import TrainState, check_resume, new_folder
-from train.coco import Evaluation, evaluate, ground_truth
+from train.coco import Evaluation, evaluate, read_truth
 from train.config import InputError, TrainConfig
 from train.data import TrainSet, ValSet, train_loader, val_loader
 from train.engine import check_finite, train_one_epoch
@@ -36,7 +35,7 @@ from train.model import (
     use_global_loss,
 )
 from train.optim import Schedule, build_optimizer
-from train.processes import on_main, once_per_machine, run, start_processes, sync_from_main
+from train.processes import on_main, once_per_machine, resolved, run, start_processes, sync_from_main
 from train.report import Report
 
 
@@ -45,6 +44,7 @@ def main(config: TrainConfig) -> None:
     config.check()
     check_resume(config)
     accelerator, precision = start_processes(config.mixed_precision, config.used_trackers, config.seed)
+    given, config = config, resolved(config, accelerator)
     report = Report(accelerator)
     ranks = accelerator.num_processes
     if config.batch % ranks:
@@ -53,12 +53,11 @@ def main(config: TrainConfig) -> None:
 
     # Data: each rank reads a share of the labels, then every rank knows all of them.
     data = once_per_machine(accelerator, lambda: find_data(config.data, config.single_cls))
-    train_files, val_files = data.images("train", config.fraction, repeats=True), data.images("val")
-    report.say(f"reading the labels of {len(train_files)} train and {len(val_files)} val images")
+    train_files = data.images("train", config.fraction, repeats=True)
+    report.say(f"reading the labels of {len(train_files)} train images and of {config.split}")
     train_labels, train_faults = scan(train_files, data.names, config, accelerator)
-    val_labels, val_faults = scan(val_files, data.names, config, accelerator)
+    val_labels, truth, val_faults = read_truth(data, config, accelerator)
     check_usable(data.name, train_labels, val_labels, train_faults + val_faults, config.strict)
-    truth = ground_truth(val_labels, data.names)
 
     # Model, its average, and the loss. The average is copied before anything of this run hangs on the model.
     start_from = f"{config.resume}/weights/last.pt" if config.resume else config.model
@@ -76,7 +75,7 @@ def main(config: TrainConfig) -> None:
         use_global_loss(model, lambda value: accelerator.reduce(value, "sum"), ranks)
     detector = model  # without the wrapping that prepare() adds
     train_set = TrainSet(train_labels, data.names, data.channels, config, stride)
-    val_set = ValSet(val_labels, data.names, data.channels, config.imgsz, stride)
+    val_set = ValSet(val_labels, data.names, data.channels, config.imgsz, stride, config.rect is not False)
     schedule = Schedule(config, images=len(train_set), classes=len(data.names))
     optimizer = build_optimizer(model, schedule)
     model, optimizer = accelerator.prepare(model, optimizer)
@@ -89,14 +88,15 @@ def main(config: TrainConfig) -> None:
 
     # Nothing is written before here, where nothing can be wrong with the input any more.
     folder = on_main(accelerator, lambda: new_folder(Path(config.project), config.name, config.resume))
-    report.open(folder, config)
+    report.open(folder, given)
     weights = report.folder / "weights"
     weights.mkdir(exist_ok=True)
     report.faults(train_faults + val_faults)
     report.banner(config, precision, origin, data.name, schedule, train_set, val_labels)
     report.start_trackers(config)
 
-    trained_with = replace(config, data=data.name)  # kept in the checkpoints: the YAML's whole path
+    # What validation depends on is kept in the checkpoints, so that validate.py repeats it: the YAML's whole path, too.
+    config = replace(config, data=data.name, mixed_precision=config.val_precision or config.mixed_precision)
     best: Evaluation | None = None
     for epoch in range(state.epoch + 1, config.epochs):
         positions.epoch = epoch
@@ -106,16 +106,19 @@ def main(config: TrainConfig) -> None:
 
         sync_from_main(ema.ema)
         check_finite(ema.ema)
-        trained = time.perf_counter()
-        evaluated = inference_copy(ema.ema, accelerator.device, config.memory_format)
-        result = evaluate(evaluated, val_batches, truth, config, accelerator)
         state.epoch = epoch
-        if result.fitness > state.best_fitness:
-            best, state.best_epoch = result, epoch
-            state.best_fitness, state.best_ap = result.fitness, result.metrics["AP"]
-        report.epoch(losses, optimizer, result, state, time.perf_counter() - trained)
-        on_main(accelerator, partial(state.save, trained_with, result.metrics, weights))
-        if report.no_time_left(config.time):
+        no_time_left = report.no_time_left(config.time)
+        ends = epoch + 1 == config.epochs or no_time_left or epoch - state.best_epoch >= config.patience
+        result: Evaluation | None = None
+        if ends or (epoch + 1) % config.val_interval == 0:
+            evaluated = inference_copy(ema.ema, accelerator.device, config.memory_format, losses=True)
+            result = evaluate(evaluated, val_batches, truth, config, accelerator)
+            if result.fitness > state.best_fitness:
+                best, state.best_epoch = result, epoch
+                state.best_fitness, state.best_ap = result.fitness, result.metrics["AP"]
+        report.epoch(losses, optimizer, result, state, config)
+        on_main(accelerator, partial(state.save, config, result, weights))
+        if no_time_left:
             report.say(f"stopping: another epoch would not end within {config.time:g} hours (--time)")
             break
         if epoch - state.best_epoch >= config.patience:
@@ -128,8 +131,8 @@ def main(config: TrainConfig) -> None:
         model, _ = load_detector(str(weights / "best.pt"))
         evaluated = inference_copy(model, accelerator.device, config.memory_format)
         best = evaluate(evaluated, val_batches, truth, config, accelerator)
-    report.say(f"best.pt, epoch {state.best_epoch + 1}, on {len(val_labels)} val images:")
-    report.evaluation(best, truth)
+    report.say(f"best.pt, epoch {state.best_epoch + 1}:")
+    report.evaluation(best, truth, config)
     report.say(f"results in {report.folder}")
     report.close()
 

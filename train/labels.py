@@ -6,6 +6,7 @@ import json
 import math
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -265,16 +266,27 @@ def _ends_whole(jpeg: str) -> bool:
         return file.read() == b"\xff\xd9"
 
 
+def subset(images: int, fraction: float, limit: int | None) -> Sequence[int]:
+    """Indices of a share of the images, or at most so many, evenly drawn from all."""
+    wanted = min(max(1, round(images * fraction)), limit or images)
+    return range(images) if wanted == images else [i * images // wanted for i in range(wanted)]
+
+
 def scan(
-    files: list[str], names: dict[int, str], config: EvalConfig, accelerator: Accelerator
+    files: list[str],
+    names: dict[int, str],
+    config: EvalConfig,
+    accelerator: Accelerator,
+    chosen: Sequence[int] | None = None,
 ) -> tuple[list[Labels], list[str]]:
-    """Read all labels of a split, each rank a share of them (collective).
+    """Read all labels of a split, or of the chosen images in it, each rank a share of them (collective).
 
     Returns the usable images in the order of `files`, and one sentence for each that is left out. Nothing is written
     to the data folder.
     """
+    chosen = range(len(files)) if chosen is None else chosen
     classes = sys.maxsize if config.single_cls else len(names)
-    share = range(accelerator.process_index, len(files), accelerator.num_processes)
+    share = chosen[accelerator.process_index :: accelerator.num_processes]
     if len(set(gather_object([hash_of(files)]))) > 1:
         raise InputError(f"The machines do not see the same files: here {len(files)} images, first {files[0]}.")
     label_files, ids = img2label_paths(files), image_ids(files)
@@ -306,7 +318,7 @@ def check_usable(
     if train is not None and not any(len(entry.cls) for entry in train):
         raise InputError(f"{name}: no train image has a usable label.{reason}")
     if not val:
-        raise InputError(f"{name}: no val image can be used.{reason}")
+        raise InputError(f"{name}: no image to validate on can be used.{reason}")
 
 
 def image_ids(files: list[str]) -> list[int]:

@@ -88,6 +88,15 @@ def load_detector(weights: str, trust: bool = False) -> tuple[DetectionModel, di
     return model, {key: value for key, value in checkpoint.items() if key not in ("model", "ema")}
 
 
+def trained_with(weights: str, trust: bool = False) -> dict[str, Any]:
+    """Options that a checkpoint was trained and validated with: all of them, or, of another trainer, data and imgsz."""
+    _, checkpoint = load_detector(weights, trust)
+    if isinstance(config := checkpoint.get("config"), dict):
+        return config
+    theirs = checkpoint.get("train_args") or {}
+    return {"data": str(theirs.get("data") or ""), "imgsz": theirs.get("imgsz") or 640}
+
+
 def build_model(config: TrainConfig, source: str, names: dict[int, str], channels: int) -> tuple[DetectionModel, str]:
     """The model to train, on the CPU, and a sentence on where its weights come from.
 
@@ -245,15 +254,44 @@ def end_of_epoch(model: DetectionModel) -> None:
         model.criterion.update()
 
 
-def inference_copy(model: DetectionModel, device: torch.device, memory_format: torch.memory_format) -> DetectionModel:
-    """A copy for evaluation: fp32, convolution and BatchNorm fused, raw head outputs (see `detect`)."""
+def inference_copy(
+    model: DetectionModel, device: torch.device, memory_format: torch.memory_format, losses: bool = False
+) -> DetectionModel:
+    """A copy for evaluation: fp32, convolution and BatchNorm fused, raw head outputs (see `detect`).
+
+    With `losses` it has a criterion, and keeps both branches of an end-to-end head: see `validation_losses`.
+    """
     # Contiguous first: fusing sums in memory order, and a checkpoint's weights come back contiguous.
     model = deepcopy(model).float().eval().to(device).to(memory_format=torch.contiguous_format)
+    head = model.model[-1]
+    if losses:
+        head.fuse = lambda: None  # would remove a branch
     model.fuse(verbose=False)
-    model.model[-1].training = True  # the head's own flag alone: raw outputs; its layers stay in eval mode
+    vars(head).pop("fuse", None)
+    head.training = True  # the head's own flag alone: raw outputs; its layers stay in eval mode
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    return model.to(memory_format=memory_format)
+    model = model.to(memory_format=memory_format)
+    criterion = model.init_criterion() if losses else None
+    model.criterion = criterion.one2one if isinstance(criterion, E2ELoss) else criterion
+    return model
+
+
+def validation_losses(raw: dict[str, Any], model: DetectionModel, batch: dict[str, Any]) -> Tensor:
+    """Mean losses of a batch (3,), in fp32, by `model.criterion.loss_names`; of an end-to-end head those of the
+    one-to-one branch, as Ultralytics logs them.
+
+    Args:
+        raw: output of an `inference_copy` with losses.
+        model: the same `inference_copy`.
+        batch: with `cls` (m, 1), `bboxes` (m, 4) xywh normalised to the padded image, `batch_idx` (m,).
+    """
+    _, items = model.criterion.loss(_fp32(raw.get("one2one", raw)), batch)
+    return torch.stack(list(items.values()))
+
+
+def _fp32(raw: dict[str, Any]) -> dict[str, Any]:
+    return {"boxes": raw["boxes"].float(), "scores": raw["scores"].float(), "feats": [x.float() for x in raw["feats"]]}
 
 
 def detect(raw: dict[str, Any], model: DetectionModel, conf: float, iou: float, max_det: int) -> list[Tensor]:
@@ -271,8 +309,7 @@ def detect(raw: dict[str, Any], model: DetectionModel, conf: float, iou: float, 
     head = model.model[-1]
     if "one2many" in raw:
         raw = raw["one2one"] if head.end2end else raw["one2many"]
-    raw = {"boxes": raw["boxes"].float(), "scores": raw["scores"].float(), "feats": [x.float() for x in raw["feats"]]}
-    predictions = head._inference(raw)
+    predictions = head._inference(_fp32(raw))
     if head.end2end:
         head.max_det = max_det
         predictions = head.postprocess(predictions.permute(0, 2, 1))
@@ -287,7 +324,8 @@ def as_checkpoint(
 ) -> dict[str, Any]:
     """What `ultralytics.YOLO` reads: the module itself, in fp32 and contiguous, with plain values beside it."""
     model = deepcopy(model).float().cpu().to(memory_format=torch.contiguous_format)
-    model.args = vars(get_cfg()) | {key: value for key, value in train_args.items() if key in vars(get_cfg())}
+    theirs = vars(get_cfg())
+    model.args = theirs | {key: value for key, value in train_args.items() if key in theirs and value is not None}
     model.criterion = None
     return {
         "epoch": epoch,
@@ -295,6 +333,7 @@ def as_checkpoint(
         "ema": None,
         "optimizer": None,
         "train_args": model.args,
+        "config": train_args,
         "train_metrics": metrics,
         "date": datetime.now().astimezone().isoformat(),
         "version": ultralytics_version,

@@ -7,51 +7,133 @@ from typing import Any
 
 import cv2
 import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
+from ultralytics.utils.metrics import ConfusionMatrix, plot_mc_curve, plot_pr_curve
 from ultralytics.utils.patches import imread
 from ultralytics.utils.plotting import Annotator, colors
 
 from train.coco import Evaluation
 
 TILE = 320  # px, longer side of one image on the page
+CONFIDENCE = 0.25  # detections below it are not drawn
+ERRORS = {
+    "Cls": "class",
+    "Loc": "location",
+    "Both": "class and location",
+    "Dupe": "duplicate",
+    "Bkg": "background",
+    "Miss": "missed",
+}
 
 
-def draw_validation(
-    evaluation: Evaluation, truth: dict[str, Any], file: Path, images: int = 12, score: float = 0.25
+def draw_evaluation(
+    evaluation: Evaluation, truth: dict[str, Any], diagnosis: dict[str, Any] | None, folder: Path
 ) -> None:
-    """A page of validation images, evenly drawn from the split: on the left the truth, on the right the detections.
+    """Curves, the confusion matrix, TIDE errors and the page of the worst images, as far as there is anything to show.
 
     Args:
-        evaluation: gives the detections.
-        truth: COCO ground truth; `file_name` is the path of the image.
+        evaluation: gives the curves and the detections.
+        truth: COCO ground truth.
+        diagnosis: what `diagnose` returned.
+        folder: where the pictures go.
+    """
+    by_id = {category["id"]: category["name"] for category in truth["categories"]}
+    names = [by_id[id_] for id_ in evaluation.curves.category_ids]
+    measured = evaluation.curves.ap["AP50"] >= 0
+    if measured.any():
+        draw_curves(evaluation, {i: names[k] for i, k in enumerate(np.flatnonzero(measured))}, measured, folder)
+    if diagnosis:
+        matrix = ConfusionMatrix(dict(enumerate(names)))
+        matrix.matrix = diagnosis["confusion"].astype(float).T  # Ultralytics' rows are detections
+        matrix.plot(normalize=True, save_dir=folder)
+        draw_tide(diagnosis["tide"], folder / "tide.png")
+    images = worst_first(truth, diagnosis)
+    draw_page(evaluation.detections, truth, images, folder / "val.jpg")
+
+
+def draw_curves(evaluation: Evaluation, names: dict[int, str], measured: np.ndarray, folder: Path) -> None:
+    """Precision-recall, and F1, precision and recall by confidence, at IoU 0.50, of the classes that occur."""
+    curves, confidence = evaluation.curves, np.linspace(0, 1, 1000)
+    ap = curves.ap["AP50"][measured][:, None]
+    plot_pr_curve(np.linspace(0, 1, 101), curves.pr[measured], ap, folder / "PR_curve.png", names)
+    for letter, label, values in (("F1", "F1", curves.f1), ("P", "Precision", curves.p), ("R", "Recall", curves.r)):
+        plot_mc_curve(confidence, values[measured], folder / f"{letter}_curve.png", names, ylabel=label)
+
+
+def draw_tide(tide: dict[str, float], file: Path) -> None:
+    """AP50 lost by kind of error, and each kind's share of the sum."""
+    total = max(sum(tide.values()), 1e-9)
+    figure, axes = plt.subplots(figsize=(7, 3), tight_layout=True)
+    bars = axes.barh([ERRORS[kind] for kind in tide], list(tide.values()), color="#1f77b4")
+    axes.bar_label(bars, [f"{value:.3f}  {value / total:.0%}" for value in tide.values()], padding=3)
+    axes.margins(x=0.25)
+    axes.invert_yaxis()
+    axes.set_xlabel("AP50 that these errors cost (TIDE), and share")
+    figure.savefig(file, dpi=150)
+    plt.close(figure)
+
+
+def worst_first(truth: dict[str, Any], diagnosis: dict[str, Any] | None) -> list[tuple[dict, str]]:
+    """COCO images with a caption, those of the lowest F1 and among them of the most errors first; without a diagnosis
+    in the order of the split.
+    """
+    if not diagnosis:
+        return [(image, "") for image in truth["images"]]
+    found = diagnosis["images"]
+    nothing = {"f1": 1.0, "tp": 0, "fp": 0, "fn": 0}
+    ranked = []
+    for image in truth["images"]:
+        one = found.get(image["id"], nothing)
+        errors = one["fp"] + one["fn"]
+        caption = f"{one['tp']} found, {one['fn']} missed, {one['fp']} false"
+        ranked.append((one["f1"] if errors else 1.0, -errors, image["id"], image, caption))
+    return [(image, caption) for *_, image, caption in sorted(ranked, key=lambda entry: entry[:3])]
+
+
+def draw_page(
+    detections: np.ndarray, truth: dict[str, Any], images: list[tuple[dict, str]], file: Path, count: int = 12
+) -> None:
+    """A page of validation images: on the left of each pair the truth, on the right the detections.
+
+    Args:
+        detections: COCO rows.
+        truth: COCO ground truth.
+        images: COCO images with captions, `file_name` being a path; those that cannot be read are passed over.
         file: the picture to write.
-        images: how many images to show.
-        score: detections below it are not drawn.
+        count: how many images to show.
     """
     _provide_font()
     names = {category["id"]: category["name"] for category in truth["categories"]}
-    every = max(len(truth["images"]) // images, 1)
-    pairs = []
-    for image in truth["images"][::every][:images]:
-        picture = imread(image["file_name"])  # Ultralytics', for the formats it knows
+    colour = {category["id"]: index for index, category in enumerate(truth["categories"])}
+    pairs: list[np.ndarray] = []
+    for image, caption in images:
+        picture = imread(image["file_name"]) if os.path.isfile(image["file_name"]) else None  # Ultralytics' formats
+        if picture is None:
+            continue
         marks = [(a["bbox"], a["category_id"], "") for a in truth["annotations"] if a["image_id"] == image["id"]]
-        rows = evaluation.detections
-        rows = rows[(rows[:, 0] == image["id"]) & (rows[:, 5] >= score)]
+        rows = detections[(detections[:, 0] == image["id"]) & (detections[:, 5] >= CONFIDENCE)]
         found = [(row[1:5], int(row[6]), f" {row[5]:.2f}") for row in rows]
-        pairs.append(np.hstack([_tile(picture, marks, names), _tile(picture, found, names)]))
-    pairs += [np.full_like(pairs[0], 255)] * (-len(pairs) % 3)
-    cv2.imwrite(str(file), np.vstack([np.hstack(pairs[i : i + 3]) for i in range(0, len(pairs), 3)]))
+        pair = np.hstack([_tile(picture, boxes, names, colour) for boxes in (marks, found)])
+        text = f"{Path(image['file_name']).name}  {caption}"
+        cv2.putText(pair, text, (6, TILE + 20), cv2.FONT_HERSHEY_SIMPLEX, 0.45, (0, 0, 0), 1, cv2.LINE_AA)
+        pairs.append(pair)
+        if len(pairs) == count:
+            break
+    if pairs:
+        pairs += [np.full_like(pairs[0], 255)] * (-len(pairs) % 3)
+        cv2.imwrite(str(file), np.vstack([np.hstack(pairs[i : i + 3]) for i in range(0, len(pairs), 3)]))
 
 
-def _tile(picture: np.ndarray, marks: list[tuple[Any, int, str]], names: dict[int, str]) -> np.ndarray:
-    """The image with its boxes (ltwh in its own pixels) on a white square of TILE px."""
+def _tile(picture: np.ndarray, marks: list[tuple[Any, int, str]], names: dict[int, str], colour: dict) -> np.ndarray:
+    """The image with its boxes (ltwh in its own pixels) on a white square of TILE px, with room for a line below."""
     scale = TILE / max(picture.shape[:2])
     annotator = Annotator(cv2.resize(picture, None, fx=scale, fy=scale), line_width=2, font_size=11, pil=True)
     for (x, y, w, h), category, text in marks:
         box = np.array([x, y, x + w, y + h]) * scale
-        annotator.box_label(box.tolist(), names[category] + text, color=colors(category, bgr=True))
+        annotator.box_label(box.tolist(), names[category] + text, color=colors(colour[category], bgr=True))
     drawn = annotator.result()
-    tile = np.full((TILE + 8, TILE + 8, 3), 255, np.uint8)
+    tile = np.full((TILE + 28, TILE + 8, 3), 255, np.uint8)
     tile[4 : 4 + drawn.shape[0], 4 : 4 + drawn.shape[1]] = drawn[:TILE, :TILE]
     return tile
 

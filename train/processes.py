@@ -6,8 +6,10 @@
 import argparse
 import contextlib
 import os
+import platform
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -149,6 +151,17 @@ def start_processes(wanted_precision: Precision | None, trackers: list[str], see
         raise InputError(f"The ranks would compute in {', '.join(precisions)}. Say which with --mixed_precision.")
     set_seed(seed)
     return accelerator, reason
+
+
+def resolved(config: C, accelerator: Accelerator) -> C:
+    """The configuration with what the device decides filled in: precision and memory order."""
+    fast = accelerator.device.type == "cuda" or (
+        accelerator.device.type == "cpu"
+        and platform.machine() in ("x86_64", "AMD64")
+        and torch.backends.mkldnn.is_available()
+    )
+    channels_last = fast if config.channels_last is None else config.channels_last
+    return replace(config, mixed_precision=accelerator.mixed_precision, channels_last=channels_last)
 
 
 def on_main(accelerator: Accelerator, work: Callable[[], T]) -> T:

@@ -21,12 +21,12 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from train.checkpoint import TrainState, whole_file
-from train.coco import METRICS, Evaluation
+from train.coco import METRICS, Evaluation, diagnose, metric_names
 from train.config import EvalConfig, TrainConfig
 from train.data import TrainSet
 from train.labels import Labels
 from train.optim import Schedule
-from train.plots import draw_validation
+from train.plots import draw_evaluation
 from train.processes import on_main, processes
 
 PACKAGES = ("torch", "torchvision", "accelerate", "ultralytics", "hotcoco", "pycocotools", "wandb", "numpy")
@@ -139,8 +139,9 @@ class Report:
             self.bar = tqdm(total=steps, desc=self.where, unit="step", leave=False, dynamic_ncols=True, file=sys.stdout)
 
     def no_time_left(self, hours: float | None) -> bool:
-        """Whether another epoch as long as the last would end after so many hours: the main process's clock decides."""
+        """Whether another epoch as long as this one would end after so many hours: the main process's clock decides."""
         now = time.perf_counter()
+        self.training = now - self.started
         late = hours is not None and now - self.begun + (now - self.started) > hours * 3600
         return on_main(self.accelerator, lambda: late)
 
@@ -170,32 +171,41 @@ class Report:
         self,
         losses: dict[str, float],
         optimizer: torch.optim.Optimizer,
-        result: Evaluation,
+        result: Evaluation | None,
         state: TrainState,
-        validation_seconds: float,
+        config: TrainConfig,
     ) -> None:
-        """The epoch's line of losses and line of metrics, its row in results.csv, its point in the trackers."""
+        """The epoch's line of losses and, where it was validated, its lines of metrics; its row in results.csv, whose
+        validation columns are blank otherwise; its point in the trackers.
+        """
         if self.bar is not None:
             self.bar.close()
             self.bar = None
-        seconds = time.perf_counter() - self.started
-        training = seconds - validation_seconds
-        step = state.ema.updates
-        row = {"epoch": state.epoch + 1, "global_step": step, "seconds": round(seconds, 3)}
-        row["images_per_s"] = round(self.images / training, 2)
+        step, val = state.ema.updates, config.val_name
+        row: dict[str, Any] = {"epoch": state.epoch + 1, "global_step": step}
+        row |= {"seconds": round(time.perf_counter() - self.started, 3)}
+        row["images_per_s"] = round(self.images / self.training, 2)
         row |= {f"train/{name}": value for name, value in losses.items()}
-        row |= {f"val/{name}": result.metrics[name] for name in METRICS}
+        row |= {f"{val}/{name}": result.losses[name] if result else None for name in losses}
+        row |= {f"{val}/{name}": result.metrics[name] if result else None for name in metric_names(config.max_dets)}
         row |= {f"lr/pg{i}": group["lr"] for i, group in enumerate(optimizer.param_groups)}
         self.rows.append(row)
-        self.say(f"{self.where}  train  {_numbers(losses)}  {self.images} images in {training:.1f} s")
-        shown = _numbers({name: result.metrics[name] for name in METRICS[:6]})
-        self.say(
-            f"{self.where}  val    {shown}  {result.images} images in {validation_seconds:.1f} s"
-            f"  (best AP {state.best_ap:.4g} in epoch {state.best_epoch + 1})"
-        )
+        self.say(f"{self.where}  train  {_numbers(losses)}  {self.images} images in {self.training:.1f} s")
+        if result:
+            shown = _numbers(result.losses | {name: result.metrics[name] for name in ("P", "R", *METRICS[:3])})
+            self.say(
+                f"{self.where}  {val}    {shown}  {result.images} images"
+                f"  (best AP {state.best_ap:.4g} in epoch {state.best_epoch + 1})"
+            )
+            self.timing(result)
         if self.accelerator.is_main_process:
             self._write_csv()
-        self.accelerator.log(row, step=step)
+        self.accelerator.log({name: value for name, value in row.items() if value is not None}, step=step)
+
+    def timing(self, result: Evaluation) -> None:
+        """Where the time of a validation went."""
+        parts = [f"{stage} {slowest:.2f} ({mean:.2f})" for stage, (slowest, mean) in result.seconds.items()]
+        self.say(f"validation took, in s, slowest rank (mean): {', '.join(parts)}")
 
     def _write_csv(self) -> None:
         with whole_file(self.folder / "results.csv") as draft, open(draft, "w", newline="") as file:
@@ -204,21 +214,33 @@ class Report:
             writer.writerows(self.rows)
 
     # Evaluation -------------------------------------------------------------------------------------------------------
-    def evaluation(self, evaluation: Evaluation, truth: dict[str, Any]) -> None:
-        """COCO's table on the console; metrics, predictions and truth as JSON, unrounded; a page of pictures."""
-        for line in _table(evaluation):
+    def evaluation(self, evaluation: Evaluation, truth: dict[str, Any], config: EvalConfig) -> None:
+        """COCO's table on the console; metrics, predictions and truth as JSON, unrounded; pictures."""
+        for line in _table(evaluation, config):
             self.say(line)
+        diagnosis = None
+        if config.plots:
+            diagnosis = on_main(self.accelerator, lambda: diagnose(truth, evaluation.detections))  # collective
+            if diagnosis is None:
+                self.say("hotcoco is not installed: no confusion matrix, no TIDE errors")
+            elif any(diagnosis["tide"].values()):
+                lost = "  ".join(f"{kind} {share:.3f}" for kind, share in diagnosis["tide"].items())
+                self.say(f"AP50 lost to errors (TIDE): {lost}")
         if not self.accelerator.is_main_process:
             return
+        prefix = "subset_" if config.subset else ""
+        metrics: dict[str, Any] = {f"{prefix}{name}": value for name, value in evaluation.metrics.items()}
+        metrics |= {"per_class": evaluation.per_class, "images": evaluation.images, "boxes": evaluation.boxes}
+        metrics |= {"tide": diagnosis["tide"]} if diagnosis else {}
         rows = [
             {"image_id": int(row[0]), "category_id": int(row[6]), "bbox": row[1:5], "score": row[5]}
             for row in evaluation.detections.tolist()
         ]
-        metrics = {**evaluation.metrics, "per_class": evaluation.per_class, "images": evaluation.images}
         self._write("predictions.json", json.dumps(rows))
         self._write("ground_truth.json", json.dumps(truth))
         self._write("metrics.json", json.dumps(metrics, indent=2))
-        draw_validation(evaluation, truth, self.folder / "val.jpg")
+        if config.plots:
+            draw_evaluation(evaluation, truth, diagnosis, self.folder)
 
     # Trackers ---------------------------------------------------------------------------------------------------------
     def start_trackers(self, config: TrainConfig) -> None:
@@ -278,17 +300,25 @@ def _numbers(values: dict[str, float]) -> str:
     return "  ".join(f"{name.removesuffix('_loss')} {value:.4g}" for name, value in values.items())
 
 
-def _table(evaluation: Evaluation) -> list[str]:
-    """The twelve numbers and the classes as console lines."""
+def _table(evaluation: Evaluation, config: EvalConfig) -> list[str]:
+    """The metrics of all classes and of each, and AP and AR by size, as console lines."""
     m = evaluation.metrics
-    lines = []
-    for names, label in ((METRICS[:6], f"all, {evaluation.images} images"), (METRICS[6:], "")):
-        lines.append(" " * 20 + "".join(f"{name:>8}" for name in names))
-        lines.append(f"{label:20}" + "".join(f"{m[name]:8.3f}" for name in names))
-    lines.append(f"{'class':20}{'AP':>8}{'AP50':>8}")
-    for name, values in evaluation.per_class.items():
-        if values["AP"] >= 0:
-            lines.append(f"{name[:19]:20}{values['AP']:8.3f}{values['AP50']:8.3f}")
+    images = f"{evaluation.images} images" + (" (a subset)" if config.subset else "")
+    columns = ("images", "boxes", "P", "R", "F1", "AP50", "AP75", "AP")
+    everything = m | {"images": evaluation.images, "boxes": evaluation.boxes}
+    lines = [f"{'class':20}" + "".join(f"{name:>8}" for name in columns)]
+    occurring = {name: values for name, values in evaluation.per_class.items() if values["boxes"]}
+    for name, values in ({"all": everything} | occurring).items():
+        numbers = "".join(f"{values[c]:8d}" if c in columns[:2] else f"{values[c]:8.3f}" for c in columns)
+        lines.append(f"{name[:19]:20}{numbers}")
+    if never := len(evaluation.per_class) - len(occurring):
+        lines.append(f"{never} of {len(evaluation.per_class)} classes do not occur here and do not count")
+    names = metric_names(config.max_dets)
+    for sizes, label in ((names[3:6], "AP small, medium, large"), (names[9:12], "AR small, medium, large")):
+        lines.append(f"{label:44}" + "".join(f"{m[name]:8.3f}" for name in sizes))
+    counts = ", ".join(map(str, config.max_dets))
+    lines.append(f"{f'AR at {counts} detections an image':44}" + "".join(f"{m[name]:8.3f}" for name in names[6:9]))
+    lines.append(f"AP {m['AP']:.4f} on {images} of {config.split}")
     if m["AP"] < 0:
         lines.append("AP is -1: these images have no labelled object.")
     return lines
