@@ -12,7 +12,7 @@ LAUNCH = @exec $(PY) -m train.processes --gpus "$(GPUS)" --cpus "$(CPUS)" --
 QUICK := --imgsz 160 --epochs 14 --batch 16 --nbs 16 --warmup-epochs 1 --mosaic 0
 LAST_WEIGHTS = $$(ls -t runs/detect/*/weights/best.pt 2>/dev/null | head -n 1)
 
-.PHONY: help train validate test fuzz bench-eval check clean
+.PHONY: help train validate doctor test fuzz bench-eval check clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -27,6 +27,9 @@ train: .venv/installed  ## train, by default on the built-in shapes: make train 
 validate: .venv/installed  ## evaluate, by default the newest best.pt: make validate ARGS="--weights x.pt --data coco.yaml"
 	$(LAUNCH) train/validate.py $(if $(PRECISION),--mixed-precision $(PRECISION)) \
 		$(if $(findstring --weights,$(ARGS))$(findstring --predictions,$(ARGS)),,--weights "$(LAST_WEIGHTS)") $(ARGS)
+
+doctor: .venv/installed  ## what each process sees and what is wrong with it: make doctor GPUS=2
+	$(LAUNCH) train/doctor.py $(if $(PRECISION),--mixed-precision $(PRECISION)) $(ARGS)
 
 test: .venv/installed-dev  ## run the tests
 	@exec $(PY) -m pytest $(ARGS)

@@ -14,6 +14,7 @@ from ultralytics.data.dataset import YOLODataset
 from train.config import Augmentation, InputError, TrainConfig
 from train.data import GROUP, Positions, TrainSet, ValSet, augmentation
 from train.labels import Labels, find_data, image_ids, read_label, scan
+from train.plots import draw_batch
 
 
 @pytest.fixture(scope="module")
@@ -325,3 +326,13 @@ def test_validation_shapes_are_ultralytics_at_batch_1(shapes: Path, accelerator:
 
 def test_the_users_settings_stay_as_they_are():
     assert not Path(os.environ["YOLO_CONFIG_DIR"]).is_relative_to(Path.home())
+
+
+def test_drawing_a_batch_leaves_it_as_it_is(tmp_path: Path):
+    torch.manual_seed(0)
+    batch = {"img": torch.rand(2, 3, 64, 64), "cls": torch.zeros(3, 1), "bboxes": torch.rand(3, 4) / 2 + 0.2}
+    batch |= {"batch_idx": torch.tensor([0.0, 0, 1])}
+    before = {name: tensor.clone() for name, tensor in batch.items()}
+    draw_batch(batch | {"im_file": ["a.jpg", "b.jpg"]}, {0: "circle"}, tmp_path / "batch.jpg")
+    assert cv2.imread(str(tmp_path / "batch.jpg")) is not None
+    assert all(torch.equal(batch[name], before[name]) for name in before)

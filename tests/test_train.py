@@ -44,33 +44,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory, shapes: Path) -> dict[int, tu
     return done
 
 
-def structure(console: str) -> list[str]:
-    """Console lines with the numbers and paths masked."""
-    text = re.sub(r"/\S+", "PATH", console)
-    text = re.sub(r"-?\d+(\.\d+)?(e[-+]?\d+)?", "#", text.replace(", gloo", "").replace("processes", "process"))
-    return [re.sub(r"\s+", " ", line) for line in text.splitlines()]
-
-
 def rows(folder: Path) -> list[dict[str, str]]:
     with open(folder / "results.csv", newline="") as file:
         return list(csv.DictReader(file))
-
-
-def test_one_process_and_two_say_the_same_lines(runs):
-    lines = structure(runs[1][1])
-    assert lines == structure(runs[2][1])
-    # four steps in the first epoch, which warms up from one batch a step, and three in the second; the last step of
-    # an epoch has the epoch's line
-    assert sum("step" in line and "box" in line for line in lines) == 3 + 2
-    assert sum(" train box" in line for line in lines) == sum(" val AP" in line for line in lines) == 2
-    assert "processes 1 process on cpu, 1 threads each" in re.sub(" +", " ", runs[1][1])
-    assert "batch 8 images over 2 processes x 2 accumulated = 16 a step" in re.sub(" +", " ", runs[2][1])
-
-
-def test_nothing_but_text_on_a_pipe(runs):
-    for _, console in runs.values():
-        assert "\r" not in console
-        assert "\x1b" not in console
 
 
 def test_losses_of_one_process_and_two_agree(runs, trained: Path):
@@ -87,54 +63,18 @@ def test_losses_of_one_process_and_two_agree(runs, trained: Path):
         assert float(two[name]) == pytest.approx(float(one[name]), rel=0.05)
 
 
-def test_results_csv(runs):
-    first, second = rows(runs[1][0])
-    assert [first["epoch"], second["epoch"]] == ["1", "2"]
-    assert [name for name in first if name.startswith("val/")] == [f"val/{name}" for name in METRICS]
-    assert {"seconds", "images_per_s", "global_step", "lr/pg0", "lr/pg1", "lr/pg2"} <= set(first)
-
-
 def test_files_of_a_run(runs):
-    for ranks, (folder, console) in runs.items():
+    for folder, _ in runs.values():
         config = json.loads((folder / "config.json").read_text())
         assert config["imgsz"] == 64
-        assert {"torch", "ultralytics", "accelerate", "python"} <= set(config["versions"])
         assert sorted(file.name for file in (folder / "weights").iterdir()) == ["best.pt", "last.pt", "state.pt"]
-        logs = sorted(file.name for file in (folder / "logs").iterdir())
-        assert logs == [f"rank{rank}.log" for rank in range(ranks)]
-        main_log = (folder / "logs" / "rank0.log").read_text()
-        assert all(line in main_log for line in console.splitlines() if line)
         metrics = json.loads((folder / "metrics.json").read_text())
-        assert set(metrics) == {*METRICS, "per_class", "images"}
+        assert set(metrics) == {*METRICS, "P", "R", "F1", "per_class", "images", "boxes", "tide"}
         assert metrics["images"] == 21
         best = max(rows(folder), key=lambda row: 0.1 * float(row["val/AP50"]) + 0.9 * float(row["val/AP"]))
         assert metrics["AP"] == float(best["val/AP"])
         assert len(json.loads((folder / "ground_truth.json").read_text())["images"]) == 21
         assert [path.name for path in folder.rglob(".*")] == []  # no half-written file
-
-
-def test_one_wandb_run_offline_without_asking(tmp_path: Path, shapes: Path):
-    done = launch(
-        2, DETECT, "--data", shapes, *QUICK, "--epochs", 1, cwd=tmp_path,
-        WANDB_MODE=None, HOME=str(tmp_path), NETRC=str(tmp_path / "none"),
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    (run,) = (tmp_path / "runs" / "detect" / "exp" / "wandb").glob("offline-run-*")
-    assert f"wandb      offline; to send it: wandb sync {run}" in done.stdout
-    (records,) = run.glob("*.wandb")
-    stored = records.read_bytes()
-    assert b"val/AP50" in stored
-    assert b"train/box_loss" in stored
-    assert b"close_mosaic" in stored  # the configuration
-    assert not (tmp_path / ".config" / "Ultralytics").exists()
-
-
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_a_tracker_that_fails_is_one_warning_and_the_training_goes_on(ranks: int, tmp_path: Path, shapes: Path):
-    done = launch(ranks, DETECT, "--data", shapes, *QUICK, "--epochs", 1, cwd=tmp_path, WANDB_MODE="nonsense")
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("warning: the trackers did not start and stay off") == 1
-    assert "results in" in done.stdout
 
 
 def test_a_new_folder_for_each_run(tmp_path: Path, shapes: Path):

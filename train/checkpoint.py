@@ -43,6 +43,8 @@ class TrainState:
     best_epoch: int = -1  # none yet
     best_fitness: float = -math.inf
     best_ap: float = -1.0
+    last_ap: float = -1.0  # of the last validation
+    wandb_id: str = ""  # of the W&B run, which a resumed training goes on with
 
     def save(self, config: TrainConfig, result: Evaluation | None, folder: Path) -> None:
         """Write last.pt for Ultralytics, best.pt where this epoch is the best, and state.pt to resume from.
@@ -57,7 +59,9 @@ class TrainState:
         """
         metrics = {f"{config.val_name}/{name}": value for name, value in result.metrics.items()} if result else {}
         checkpoint = as_checkpoint(self.ema.ema, asdict(config), self.epoch, metrics)
-        state = {name: getattr(self, name) for name in ("rows", "epoch", "best_epoch", "best_fitness", "best_ap")}
+        checkpoint["wandb_id"] = self.wandb_id
+        plain = ("rows", "epoch", "best_epoch", "best_fitness", "best_ap", "last_ap", "wandb_id")
+        state = {name: getattr(self, name) for name in plain}
         state |= {"model": self.model.state_dict(), "ema": self.ema.ema.state_dict(), "updates": self.ema.updates}
         state |= {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler and self.scaler.state_dict()}
         try:

@@ -88,7 +88,24 @@ class Computing:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalConfig(Data, Validation, Computing):
+class Logging:
+    """Console and log files."""
+
+    progress: Literal["auto", "bar", "lines", "off"] = "auto"
+    """Within an epoch: a live bar, whole lines, or nothing; `auto` is the bar on a terminal, else lines."""
+    log_interval: int | None = None
+    """Optimizer steps between two lines of losses; unset gives at most eight lines an epoch."""
+    log_file: str = ""
+    """One more file for what the main process says, beside logs/rank0.log; it is appended to."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """Least level of what goes into the log files."""
+    hang_timeout: float = 600
+    """Seconds without a finished step after which the run ends and says which rank did not arrive; raised by itself
+    where steps are slow; 0 waits for ever."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig(Data, Validation, Computing, Logging):
     """What training and evaluation have in common; both also have `data` and `imgsz`, with defaults of their own."""
 
     @property
@@ -109,8 +126,10 @@ class EvalConfig(Data, Validation, Computing):
     def faults(self) -> list[str]:
         """Every value that cannot work, one sentence each, with the flag to change."""
         faults = _outside(self, 32, math.inf, "imgsz") + _outside(self, 1, math.inf, "val_batch", "max_det")
-        faults += _outside(self, 0, 1, "conf", "iou") + _outside(self, 0, math.inf, "workers")
+        faults += _outside(self, 0, 1, "conf", "iou") + _outside(self, 0, math.inf, "workers", "hang_timeout")
         faults += _outside(self, 1e-9, 1, "val_fraction")
+        if self.log_interval is not None:
+            faults += _outside(self, 1, math.inf, "log_interval")
         if self.val_limit is not None:
             faults += _outside(self, 1, math.inf, "val_limit")
         if not 0 < self.max_dets[0] < self.max_dets[1] < self.max_dets[2]:
@@ -248,14 +267,30 @@ class Output:
     """Folder of a run to go on with, after its last finished epoch and with its options, in the same folder."""
     strict: bool = False
     """End where an image or a label file is faulty, instead of leaving it out."""
-    log_interval: int = 50
-    """Optimizer steps between two lines of losses within an epoch."""
     trackers: tuple[str, ...] = ("wandb",)
     """Experiment trackers of Accelerate (wandb, tensorboard, …); `--trackers none` for none."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(Training, Recipe, Augmentation, Output, EvalConfig):
+class Wandb:
+    """Weights & Biases. What is unset is left to W&B's environment variables (WANDB_PROJECT, WANDB_MODE, …)."""
+
+    wandb_project: str = ""
+    """Project; unset takes WANDB_PROJECT, else yolo-accelerate."""
+    wandb_entity: str = ""
+    """User or team."""
+    wandb_name: str = ""
+    """Name of the run; unset takes WANDB_NAME, else the name of the run's folder."""
+    wandb_tags: tuple[str, ...] = ()
+    """Tags of the run."""
+    wandb_group: str = ""
+    """Group of the run."""
+    wandb_notes: str = ""
+    """Notes on the run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(Training, Recipe, Augmentation, Output, Wandb, EvalConfig):
     """Train a YOLO detector on one process or many. The defaults are Ultralytics' recipe."""
 
     @property
@@ -265,7 +300,7 @@ class TrainConfig(Training, Recipe, Augmentation, Output, EvalConfig):
 
     def faults(self) -> list[str]:
         """Every value that cannot work, one sentence each, with the flag to change."""
-        faults = super().faults() + _outside(self, 1, math.inf, "epochs", "batch", "nbs", "patience", "log_interval")
+        faults = super().faults() + _outside(self, 1, math.inf, "epochs", "batch", "nbs", "patience")
         faults += _outside(self, 1, math.inf, "val_interval")
         faults += _outside(self, 0, math.inf, "lr0", "lrf", "weight_decay", "warmup_epochs", "warmup_bias_lr", "seed")
         faults += _outside(self, 0, math.inf, "close_mosaic", "box", "cls", "dfl", "degrees", "shear")
@@ -323,6 +358,7 @@ def _with_checkpoint(given: dict[str, Any], arguments: list[str]) -> dict[str, A
     known = {field.name for field in dataclasses.fields(ValConfig)}
     # A subset is an economy of training; the rest belongs to the machine.
     own = {"weights", "val_fraction", "val_limit", "workers", "trust_checkpoint", "coco_eval", "plots"}
+    own |= {field.name for field in dataclasses.fields(Logging)}
     trained = trained_with(weights, "--trust-checkpoint" in arguments)
     kept = _typed(ValConfig, {key: value for key, value in trained.items() if key in known - own}, weights)
     if _value_of("--data", arguments) or _value_of("--split", arguments) or {"data", "split"} & set(given):

@@ -45,7 +45,7 @@ def main(config: TrainConfig) -> None:
     check_resume(config)
     accelerator, precision = start_processes(config.mixed_precision, config.used_trackers, config.seed)
     given, config = config, resolved(config, accelerator)
-    report = Report(accelerator)
+    report = Report(accelerator, config)
     ranks = accelerator.num_processes
     if config.batch % ranks:
         nearest = max(round(config.batch / ranks), 1) * ranks
@@ -55,8 +55,10 @@ def main(config: TrainConfig) -> None:
     data = once_per_machine(accelerator, lambda: find_data(config.data, config.single_cls))
     train_files = data.images("train", config.fraction, repeats=True)
     report.say(f"reading the labels of {len(train_files)} train images and of {config.split}")
+    report.watch.begin("reading labels")
     train_labels, train_faults = scan(train_files, data.names, config, accelerator)
     val_labels, truth, val_faults = read_truth(data, config, accelerator)
+    report.watch.end()
     check_usable(data.name, train_labels, val_labels, train_faults + val_faults, config.strict)
 
     # Model, its average, and the loss. The average is copied before anything of this run hangs on the model.
@@ -93,7 +95,7 @@ def main(config: TrainConfig) -> None:
     weights.mkdir(exist_ok=True)
     report.faults(train_faults + val_faults)
     report.banner(config, precision, origin, data.name, schedule, train_set, val_labels)
-    report.start_trackers(config)
+    report.start_trackers(config, state)
 
     # What validation depends on is kept in the checkpoints, so that validate.py repeats it: the YAML's whole path, too.
     config = replace(config, data=data.name, mixed_precision=config.val_precision or config.mixed_precision)
@@ -101,7 +103,8 @@ def main(config: TrainConfig) -> None:
     for epoch in range(state.epoch + 1, config.epochs):
         positions.epoch = epoch
         report.epoch_starts(epoch, config.epochs, len(schedule.step_ends(epoch)))
-        losses = train_one_epoch(epoch, model, ema, optimizer, train_batches, schedule, accelerator, report)
+        train_one_epoch(epoch, model, ema, optimizer, train_batches, schedule, accelerator, report)
+        report.trained()
         end_of_epoch(detector)
 
         sync_from_main(ema.ema)
@@ -112,11 +115,12 @@ def main(config: TrainConfig) -> None:
         result: Evaluation | None = None
         if ends or (epoch + 1) % config.val_interval == 0:
             evaluated = inference_copy(ema.ema, accelerator.device, config.memory_format, losses=True)
-            result = evaluate(evaluated, val_batches, truth, config, accelerator)
+            result = evaluate(evaluated, report.watched(val_batches, "validating"), truth, config, accelerator)
+            state.last_ap = result.metrics["AP"]
             if result.fitness > state.best_fitness:
                 best, state.best_epoch = result, epoch
                 state.best_fitness, state.best_ap = result.fitness, result.metrics["AP"]
-        report.epoch(losses, optimizer, result, state, config)
+        report.epoch(optimizer, result, state, truth, config)
         on_main(accelerator, partial(state.save, config, result, weights))
         if no_time_left:
             report.say(f"stopping: another epoch would not end within {config.time:g} hours (--time)")
@@ -130,11 +134,11 @@ def main(config: TrainConfig) -> None:
     if best is None:  # the best epoch was before the run was resumed
         model, _ = load_detector(str(weights / "best.pt"))
         evaluated = inference_copy(model, accelerator.device, config.memory_format)
-        best = evaluate(evaluated, val_batches, truth, config, accelerator)
+        best = evaluate(evaluated, report.watched(val_batches, "validating"), truth, config, accelerator)
     report.say(f"best.pt, epoch {state.best_epoch + 1}:")
     report.evaluation(best, truth, config)
     report.say(f"results in {report.folder}")
-    report.close()
+    report.close(state)
 
 
 if __name__ == "__main__":

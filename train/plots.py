@@ -9,11 +9,13 @@ import cv2
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
+from PIL import Image
 from ultralytics.utils.metrics import ConfusionMatrix, plot_mc_curve, plot_pr_curve
 from ultralytics.utils.patches import imread
-from ultralytics.utils.plotting import Annotator, colors
+from ultralytics.utils.plotting import Annotator, colors, plot_images, plot_labels
 
 from train.coco import Evaluation
+from train.labels import Labels
 
 TILE = 320  # px, longer side of one image on the page
 CONFIDENCE = 0.25  # detections below it are not drawn
@@ -108,7 +110,7 @@ def draw_page(
     colour = {category["id"]: index for index, category in enumerate(truth["categories"])}
     pairs: list[np.ndarray] = []
     for image, caption in images:
-        picture = imread(image["file_name"]) if os.path.isfile(image["file_name"]) else None  # Ultralytics' formats
+        picture = _picture(image["file_name"])
         if picture is None:
             continue
         marks = [(a["bbox"], a["category_id"], "") for a in truth["annotations"] if a["image_id"] == image["id"]]
@@ -136,6 +138,61 @@ def _tile(picture: np.ndarray, marks: list[tuple[Any, int, str]], names: dict[in
     tile = np.full((TILE + 28, TILE + 8, 3), 255, np.uint8)
     tile[4 : 4 + drawn.shape[0], 4 : 4 + drawn.shape[1]] = drawn[:TILE, :TILE]
     return tile
+
+
+def _picture(file: str) -> np.ndarray | None:
+    """The image, BGR, in the formats that Ultralytics knows; None where it is not there."""
+    return imread(file) if os.path.isfile(file) else None
+
+
+def small_picture(file: str) -> np.ndarray | None:
+    """The image, RGB, at most 2 TILE px wide and high; None where it is not there."""
+    picture = _picture(file)
+    if picture is None:
+        return None
+    scale = min(2 * TILE / max(picture.shape[:2]), 1)
+    return cv2.cvtColor(cv2.resize(picture, None, fx=scale, fy=scale), cv2.COLOR_BGR2RGB)
+
+
+def draw_labels(labels: list[Labels], names: dict[int, str], folder: Path) -> None:
+    """labels.png: how often each class occurs, and where and how large its boxes are."""
+    boxes, classes = np.concatenate([entry.boxes for entry in labels]), np.concatenate([entry.cls for entry in labels])
+    plot_labels(boxes, classes, names, folder)
+    drawn = folder / "labels.jpg"  # as Ultralytics names it
+    Image.open(drawn).save(folder / "labels.png")
+    drawn.unlink()
+
+
+def draw_batch(batch: dict[str, Any], names: dict[int, str], file: Path) -> None:
+    """Images of a training batch as the model sees them, with their boxes."""
+    _provide_font()
+    # copies: Ultralytics scales images and boxes in place
+    shown = {name: batch[name].to("cpu", copy=True) for name in ("img", "cls", "bboxes", "batch_idx")}
+    shown["cls"] = shown["cls"].squeeze(-1)
+    plot_images(shown, paths=batch["im_file"], fname=file, names=names, threaded=False)
+
+
+def draw_results(rows: list[dict[str, Any]], val: str, file: Path) -> None:
+    """results.png: losses of training and validation, AP, P and R, learning rate and speed over the epochs."""
+    losses = [name.removeprefix("train/") for name in rows[0] if name.startswith("train/")]
+    panels = [(name, {"train": f"train/{name}", val: f"{val}/{name}"}) for name in losses]
+    panels += [("AP", {name: f"{val}/{name}" for name in ("AP", "AP50", "AP75")})]
+    panels += [("P, R, F1", {name: f"{val}/{name}" for name in ("P", "R", "F1")})]
+    panels += [("AP by size", {name: f"{val}/{name}" for name in ("APs", "APm", "APl")})]
+    panels += [("learning rate", {name: name for name in rows[0] if name.startswith("lr/")})]
+    panels += [("images/s", {"": "images_per_s"})]
+    figure, axes = plt.subplots(2, 4, figsize=(16, 7), tight_layout=True)
+    for panel, (title, columns) in zip(axes.flat, panels, strict=True):
+        for label, column in columns.items():
+            measured = [(row["epoch"], row[column]) for row in rows if row[column] is not None]
+            panel.plot(*zip(*measured, strict=True), marker=".", label=label) if measured else None
+        panel.set_title(title)
+        panel.set_xlabel("epoch")
+        panel.grid(alpha=0.3)
+        if len(columns) > 1:
+            panel.legend()
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
 
 
 def _provide_font() -> None:

@@ -5,9 +5,12 @@
 
 import argparse
 import contextlib
+import logging
 import os
 import platform
+import resource
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import timedelta
@@ -30,6 +33,7 @@ from accelerate.utils import (
 
 import train
 from train.config import C, InputError, Precision, parse
+from train.watch import is_first, log_stream
 
 T = TypeVar("T")
 CONFIGS = Path(__file__).resolve().parent.parent / "accelerate_configs"
@@ -108,6 +112,13 @@ def pick_precision(wanted: Precision | None, device: str) -> tuple[str, str]:
 
 def _cpu_has_fast_bf16() -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def memory_in_use(device: torch.device) -> int:
+    """Bytes: the most that PyTorch has reserved on the GPU, or this process's highest resident memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def start_processes(wanted_precision: Precision | None, trackers: list[str], seed: int = 0) -> tuple[Accelerator, str]:
@@ -226,8 +237,8 @@ def said_once() -> Iterator[None]:
 def run(main: Callable[[C], None], kind: type[C], description: str) -> None:
     """Read the options and run a script's main with them.
 
-    What a person can mend is one message from rank 0, not a traceback from each rank: exit code 2 for bad input, 1 for
-    a loss that is no longer a number.
+    An error is said once: by the rank that failed first, with its number and the path of its log, where the traceback
+    is. What a person can mend is one message: exit code 2 for bad input, 1 for a loss that is no longer a number.
     """
     code = 0
     try:
@@ -235,13 +246,46 @@ def run(main: Callable[[C], None], kind: type[C], description: str) -> None:
             config, warnings = parse(kind, description)
             print("\n".join(warnings), end="\n" * bool(warnings), file=sys.stderr)
         main(config)
-    except (InputError, FloatingPointError) as error:  # on all ranks alike
-        with said_once():
-            print(f"error: {error}", file=sys.stderr, flush=True)
+    except (InputError, FloatingPointError) as error:
+        logging.getLogger("train").error(str(error))
+        _say_first(f"error: {error}")
         code = 2 if isinstance(error, InputError) else 1
+    except KeyboardInterrupt:
+        _say_first("interrupted")
+        code = 130
+    except Exception as error:
+        code = 1
+        logging.getLogger("train").exception("this rank failed")
+        _say_first(_failure(error))
+        if _launched("WORLD_SIZE", 1) > 1:  # nothing that waits for the other ranks may stand in the way of the exit
+            logging.shutdown()
+            sys.stdout.flush()
+            os._exit(code)
     if torch.distributed.is_initialized():  # left open, its threads may abort the process at exit
         torch.distributed.destroy_process_group()
     sys.exit(code)
+
+
+def _say_first(text: str) -> None:
+    """Say it on standard error, unless another rank has said that it failed: that one's error is the cause."""
+    if torch.distributed.is_initialized():
+        if not is_first("failed"):
+            return
+    elif _launched("LOCAL_RANK", 0) != 0:
+        return
+    print(text, file=sys.stderr, flush=True)
+
+
+def _failure(error: Exception) -> str:
+    """An unforeseen error for the console; the whole traceback where there is no log yet."""
+    rank, ranks = _launched("RANK", 0), _launched("WORLD_SIZE", 1)
+    lines = [f"error: rank {rank} of {ranks} on {platform.node()} failed: {type(error).__name__}: {error}"]
+    if (log := log_stream()) is None:
+        return "\n".join(["".join(traceback.format_exception(error)), *lines])
+    ours = [f for f in traceback.extract_tb(error.__traceback__) if f"{os.sep}train{os.sep}" in f.filename]
+    if ours:
+        lines.append(f"  at {ours[-1].filename}:{ours[-1].lineno}, in {ours[-1].name}: {ours[-1].line}")
+    return "\n".join([*lines, f"  the traceback is in {log.name}"])
 
 
 def launch_command(gpus: int | None, cpus: int | None) -> list[str]:

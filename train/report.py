@@ -1,4 +1,4 @@
-"""Everything a run says: console lines, one log file per rank, results.csv, result files and trackers (W&B).
+"""Everything a run says: console lines, one log file per rank, results.csv and result files.
 
 All ranks call these methods at the same places with the same numbers; the main process alone prints, writes and tracks.
 """
@@ -8,11 +8,11 @@ import json
 import logging
 import logging.handlers
 import os
-import platform
+import statistics
 import sys
 import time
-from dataclasses import asdict
-from importlib.metadata import distributions
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,58 +26,110 @@ from train.config import EvalConfig, TrainConfig
 from train.data import TrainSet
 from train.labels import Labels
 from train.optim import Schedule
-from train.plots import draw_evaluation
+from train.plots import draw_batch, draw_evaluation, draw_labels, draw_page, draw_results
 from train.processes import on_main, processes
+from train.track import Tracking, versions
+from train.watch import Watch
 
-PACKAGES = ("torch", "torchvision", "accelerate", "ultralytics", "hotcoco", "pycocotools", "wandb", "numpy")
+LINES, STEPS = 8, 10  # unless --log-interval is given: most lines of losses in an epoch, least steps between two
+DRAWN = 20.0  # seconds between two drawings of the pictures that change with the epochs
+SLOWER = 1.2  # times the median of the ranks
+
+
+@dataclass
+class Window:
+    """What was measured between two points of a training, over all ranks."""
+
+    losses: dict[str, float]  # sums over the images
+    images: int
+    steps: int
+    grad_norm: float
+    seconds: list[float]  # by rank: since the last point; of them waiting for data; of them in the model's forward
+    waits: list[float]
+    forwards: list[float]
+    memory: list[float]  # by rank: bytes, at the highest
+
+    def __add__(self, other: "Window") -> "Window":
+        """Both, one after the other."""
+        both: dict[str, Any] = {"losses": {name: value + other.losses[name] for name, value in self.losses.items()}}
+        both |= {"images": self.images + other.images, "steps": self.steps + other.steps}
+        both["grad_norm"] = (self.grad_norm * self.steps + other.grad_norm * other.steps) / both["steps"]
+        for name in ("seconds", "waits", "forwards"):
+            both[name] = [a + b for a, b in zip(getattr(self, name), getattr(other, name), strict=True)]
+        return Window(memory=other.memory, **both)
+
+    def means(self) -> dict[str, float]:
+        """Mean losses over the images."""
+        return {name: value / self.images for name, value in self.losses.items()}
 
 
 class Report:
     """The voice of one run. Lines that are said before the run has a folder go to its logs once it has one."""
 
-    def __init__(self, accelerator: Accelerator):
-        self.accelerator = accelerator
+    def __init__(self, accelerator: Accelerator, config: EvalConfig):
+        self.accelerator, self.config = accelerator, config
         self.folder = Path()
         self.rows: list[dict[str, Any]] = []  # of results.csv
         self.begun = time.perf_counter()
-        self.images = 0  # trained on, over all ranks
+        self.drawn = -DRAWN
         self.bar: tqdm | None = None
+        wants_bar = config.progress == "bar" or (config.progress == "auto" and sys.stdout.isatty())
+        self.shows_bar = wants_bar and accelerator.is_main_process
+        # https://no-color.org and https://force-color.org
+        self.colours = bool(os.environ.get("FORCE_COLOR")) or (sys.stdout.isatty() and not os.environ.get("NO_COLOR"))
+        level = getattr(logging, config.log_level.upper())
         self.logger = logging.getLogger("train")
         self.early = logging.handlers.MemoryHandler(capacity=10_000, flushLevel=logging.CRITICAL + 1)
         self.handlers: list[logging.Handler] = [self.early]
         logging.getLogger().addHandler(self.early)
-        self.logger.setLevel(logging.INFO)
         logging.captureWarnings(True)  # Python's warnings go to the logs of the ranks that gave them
-        library = logging.getLogger("ultralytics")
-        library.handlers = [self.early]  # its own handler prints colour codes
-        library.setLevel(logging.INFO)
+        self.logger.setLevel(level)
+        for name in ("ultralytics", "torch", "accelerate"):  # to the logs; their own handlers print, on every rank
+            library = logging.getLogger(name)
+            library.handlers, library.propagate = [], True
+            library.setLevel(level if name == "ultralytics" else max(level, logging.WARNING))
+        self.watch = Watch(accelerator.process_index, accelerator.num_processes, config.hang_timeout, self._heartbeat)
+        self.tracking = Tracking(accelerator, self.say, "wandb" in getattr(config, "trackers", ()))
 
     def say(self, line: str) -> None:
         """A line on the console, from the main process, and in the log of every rank."""
-        self.logger.info(line)
+        self.logger.log(logging.WARNING if line.startswith("warning:") else logging.INFO, line)
+        self._show(line)
+
+    def _show(self, line: str) -> None:
+        self.watch.last_line = time.monotonic()
+        if self.colours and line.startswith("warning:"):
+            line = f"\x1b[33m{line}\x1b[0m"
         if self.bar is None:
             self.accelerator.print(line, flush=True)
         else:
             self.bar.write(line)
 
+    def _heartbeat(self, line: str) -> None:
+        if self.config.progress != "off":
+            self.say(line)
+
     def open(self, folder: Path, config: EvalConfig) -> None:
         """Start the rank's log and write config.json, now that all ranks know the run's folder."""
         self.folder = folder
+        rank = self.accelerator.process_index
         (folder / "logs").mkdir(parents=True, exist_ok=True)  # parents: on another machine
-        log = logging.FileHandler(folder / "logs" / f"rank{self.accelerator.process_index}.log", encoding="utf-8")
-        log.setFormatter(
-            logging.Formatter(f"%(asctime)s rank{self.accelerator.process_index} %(levelname)s %(message)s")
-        )
-        self.early.setTarget(log)
-        self.early.flush()
-        for logger in (logging.getLogger(), logging.getLogger("ultralytics")):
-            logger.addHandler(log)
-            logger.removeHandler(self.early)
-        self.handlers = [log]
+        files = [folder / "logs" / f"rank{rank}.log"]
+        if config.log_file and self.accelerator.is_main_process:
+            files.append(Path(config.log_file))
+            files[-1].parent.mkdir(parents=True, exist_ok=True)
+        logs = [logging.FileHandler(file, encoding="utf-8") for file in files]
+        for log in logs:
+            log.setFormatter(logging.Formatter(f"%(asctime)s rank{rank} %(levelname)s %(message)s"))
+            for record in self.early.buffer:
+                log.handle(record)
+        logging.getLogger().removeHandler(self.early)
+        for log in logs:
+            logging.getLogger().addHandler(log)
+        self.early.buffer.clear()
+        self.handlers = [*logs]
         if self.accelerator.is_main_process:
-            versions = {d.name.lower(): d.version for d in distributions() if d.name.lower() in PACKAGES}
-            versions["python"] = platform.python_version()
-            self._write("config.json", json.dumps(asdict(config) | {"versions": versions}, indent=2))
+            self._write("config.json", json.dumps(asdict(config) | {"versions": versions()}, indent=2))
 
     def _write(self, name: str, text: str) -> None:
         with whole_file(self.folder / name) as draft:
@@ -102,6 +154,14 @@ class Report:
         order = ", channels-last" if config.channels_last else ""
         self.say(f"processes  {processes(ranks)} on {name}{threads}{backend}")
         self.say(f"precision  {accelerator.mixed_precision.replace('no', 'fp32')} ({precision}){order}")
+
+    def watched(self, loader: Iterable[dict], silent: str) -> Iterator[dict]:
+        """The loader's batches, noting how far this rank has come; for work that says nothing itself."""
+        self.watch.begin(silent, progress=True)
+        for i, batch in enumerate(loader):
+            self.watch.at(i, 1, f"batch {i + 1}, {silent}")
+            yield batch
+        self.watch.begin(silent)  # gather and metric: no progress to see
 
     # Training ---------------------------------------------------------------------------------------------------------
     def banner(
@@ -130,67 +190,125 @@ class Report:
         if config.sync_bn and (ranks == 1 or self.accelerator.device.type != "cuda"):
             self.say("warning: --sync-bn is ignored; it needs several CUDA processes")
         self.say(f"run        {self.folder}")
+        if config.plots and self.accelerator.is_main_process:
+            draw_labels(train.scanned, train.data["names"], self.folder)
+        self.names = train.data["names"]
+
+    def start_trackers(self, config: TrainConfig, state: TrainState) -> None:
+        """Start the trackers; the id of the W&B run goes into the run's folder and its checkpoints (collective)."""
+        state.wandb_id = self.tracking.start(config, self.folder, state.wandb_id)
+        if state.wandb_id and self.accelerator.is_main_process:
+            self._write("wandb_id.txt", state.wandb_id + "\n")
 
     def epoch_starts(self, epoch: int, epochs: int, steps: int) -> None:
         """Start the epoch's clock and, on a terminal, its progress bar."""
-        self.started = self.last_line = time.perf_counter()
-        self.where, self.steps, self.images = f"epoch {epoch + 1}/{epochs}", steps, 0
-        if self.accelerator.is_main_process and sys.stdout.isatty():
-            self.bar = tqdm(total=steps, desc=self.where, unit="step", leave=False, dynamic_ncols=True, file=sys.stdout)
+        self.started = time.perf_counter()
+        self.epoch_number, self.epochs, self.steps = epoch + 1, epochs, steps
+        self.where = f"epoch {epoch + 1}/{epochs}"
+        self.whole: Window | None = None  # the epoch so far
+        self.window: Window | None = None  # since the last line
+        self.watch.begin("waiting for the first batch", progress=True)
+        if self.shows_bar:
+            self.bar = tqdm(
+                total=steps, desc=self.where, unit="step", leave=False, dynamic_ncols=True, file=sys.stdout,
+                colour="green" if self.colours else None,
+            )  # fmt: skip
+
+    def training_batch(self, i: int, batch: dict[str, Any]) -> None:
+        """Draw one of the first batches of the main process, with its boxes."""
+        if self.accelerator.is_main_process and self.config.plots:
+            draw_batch(batch, self.names, self.folder / f"train_batch{i}.jpg")
+
+    def step_done(self) -> None:
+        """The first step ends the silence; each moves the bar, where there is one."""
+        self.watch.silent = ""
+        if self.bar is not None:
+            self.bar.update()
+
+    def measured(self, step: int, window: Window, lr: float, global_step: int) -> None:
+        """A line of losses where one is due: means over all ranks and images since the last line, global throughput,
+        memory and data wait of the worst rank. The bar and the trackers get every measurement.
+        """
+        self.whole = self.whole + window if self.whole else window
+        since = self.window = self.window + window if self.window else window
+        if self.bar is not None:
+            rate = window.images / max(window.seconds)
+            self.bar.set_postfix_str(f"{_numbers(window.means())} lr {lr:.3g} {rate:.0f} images/s")
+        if step == self.steps:  # the epoch's own line follows its last step
+            return
+        tracked = {f"train/{name}": value for name, value in window.means().items()} | _speed(window)
+        tracked |= {"epoch": self.epoch_number - 1 + step / self.steps, "global_step": global_step, "lr": lr}
+        self.tracking.log(tracked, global_step)
+        mark = max(-(-self.steps // LINES), STEPS)
+        if self.config.log_interval is None and step // mark == (step - window.steps) // mark:
+            return
+        self.window = None
+        left = (self.steps - step) * max(self.whole.seconds) / step
+        line = f"{self.where}  step {step}/{self.steps}  {_numbers(since.means())}  lr {lr:.3g}"
+        line += f"  {since.images / max(since.seconds):.0f} images/s  {_worst(since)}  eta {_clock(left)}"
+        if self.shows_bar or self.config.progress == "off":
+            self.logger.info(line)
+        else:
+            self.say(line)
+
+    def trained(self) -> None:
+        """The epoch's last step is done: its line of losses, its times by rank in the logs, and who is slow."""
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+        whole = self.whole
+        assert whole is not None
+        self.watch.end()
+        self.training = time.perf_counter() - self.started
+        rate = f"{whole.images / self.training:.0f} images/s"
+        self.say(
+            f"{self.where}  train  {_numbers(whole.means())}  {whole.images} images in {self.training:.1f} s, {rate}"
+            f"  {_worst(whole)}"
+        )
+        own = [(wait + forward) / whole.steps for wait, forward in zip(whole.waits, whole.forwards, strict=True)]
+        for rank, seconds in enumerate(whole.seconds):
+            self.logger.info(
+                f"{self.where}  rank {rank}: {seconds / whole.steps:.4f} s a step, of it {own[rank]:.4f} s its own "
+                f"(data wait {whole.waits[rank] / whole.steps:.4f} s, forward {whole.forwards[rank] / whole.steps:.4f})"
+            )
+        median = statistics.median(own)
+        slow = [rank for rank, seconds in enumerate(own) if seconds > SLOWER * median]
+        if slow:
+            named = ", ".join(
+                f"rank {rank} by {own[rank] / median - 1:.0%} (data wait {whole.waits[rank] / whole.steps:.3f} s, "
+                f"forward {whole.forwards[rank] / whole.steps:.3f} s a step)"
+                for rank in slow
+            )
+            self.say(f"warning: slower than the median rank: {named}")
 
     def no_time_left(self, hours: float | None) -> bool:
         """Whether another epoch as long as this one would end after so many hours: the main process's clock decides."""
         now = time.perf_counter()
-        self.training = now - self.started
         late = hours is not None and now - self.begun + (now - self.started) > hours * 3600
         return on_main(self.accelerator, lambda: late)
 
-    def step_done(self) -> None:
-        """Move the bar, where there is one."""
-        if self.bar is not None:
-            self.bar.update()
-
-    def losses(self, step: int, losses: dict[str, float], lr: float, images: int, global_step: int) -> None:
-        """A line of losses within the epoch: means over all ranks and over the images since the last line."""
-        now = time.perf_counter()
-        rate = images / (now - self.last_line)
-        self.last_line = now
-        self.images += images
-        if step < self.steps:  # the epoch's own line follows its last step
-            line = f"{self.where}  step {step}/{self.steps}  {_numbers(losses)}  lr {lr:.3g}  {rate:.0f} images/s"
-            self.say(line + self._memory())
-            tracked = {f"train/{name}": value for name, value in losses.items()}
-            self.accelerator.log({**tracked, "lr": lr, "images_per_s": rate}, step=global_step)
-
-    def _memory(self) -> str:
-        if self.accelerator.device.type != "cuda":
-            return ""
-        return f"  {torch.cuda.max_memory_reserved() / 1e9:.1f} GB"
-
     def epoch(
         self,
-        losses: dict[str, float],
         optimizer: torch.optim.Optimizer,
         result: Evaluation | None,
         state: TrainState,
+        truth: dict[str, Any],
         config: TrainConfig,
     ) -> None:
-        """The epoch's line of losses and, where it was validated, its lines of metrics; its row in results.csv, whose
-        validation columns are blank otherwise; its point in the trackers.
+        """The epoch's lines of metrics, where it was validated; its row in results.csv, whose validation columns are
+        blank otherwise; pictures; its point in the trackers.
         """
-        if self.bar is not None:
-            self.bar.close()
-            self.bar = None
-        step, val = state.ema.updates, config.val_name
-        row: dict[str, Any] = {"epoch": state.epoch + 1, "global_step": step}
+        assert self.whole is not None
+        losses, val = self.whole.means(), config.val_name
+        row: dict[str, Any] = {"epoch": state.epoch + 1, "global_step": state.ema.updates}
         row |= {"seconds": round(time.perf_counter() - self.started, 3)}
-        row["images_per_s"] = round(self.images / self.training, 2)
+        row |= {"images_per_s": round(self.whole.images / self.training, 2)}
+        row |= {"peak_memory_gb": round(max(self.whole.memory) / 1e9, 3)}
         row |= {f"train/{name}": value for name, value in losses.items()}
         row |= {f"{val}/{name}": result.losses[name] if result else None for name in losses}
         row |= {f"{val}/{name}": result.metrics[name] if result else None for name in metric_names(config.max_dets)}
         row |= {f"lr/pg{i}": group["lr"] for i, group in enumerate(optimizer.param_groups)}
         self.rows.append(row)
-        self.say(f"{self.where}  train  {_numbers(losses)}  {self.images} images in {self.training:.1f} s")
         if result:
             shown = _numbers(result.losses | {name: result.metrics[name] for name in ("P", "R", *METRICS[:3])})
             self.say(
@@ -198,18 +316,27 @@ class Report:
                 f"  (best AP {state.best_ap:.4g} in epoch {state.best_epoch + 1})"
             )
             self.timing(result)
+        last = state.epoch + 1 == config.epochs
         if self.accelerator.is_main_process:
             self._write_csv()
-        self.accelerator.log({name: value for name, value in row.items() if value is not None}, step=step)
+            if config.plots and (last or time.perf_counter() - self.drawn > DRAWN):
+                draw_results(self.rows, val, self.folder / "results.png")
+                if result:
+                    every = max(len(truth["images"]) // 12, 1)
+                    same = [(image, "") for image in truth["images"][::every]]
+                    draw_page(result.detections, truth, same, self.folder / "val_batch.jpg")
+                self.drawn = time.perf_counter()
+            self.tracking.epoch(row, self.rows, _speed(self.whole), result, state, truth, config, self.folder)
 
     def timing(self, result: Evaluation) -> None:
         """Where the time of a validation went."""
+        self.watch.end()
         parts = [f"{stage} {slowest:.2f} ({mean:.2f})" for stage, (slowest, mean) in result.seconds.items()]
         self.say(f"validation took, in s, slowest rank (mean): {', '.join(parts)}")
 
     def _write_csv(self) -> None:
         with whole_file(self.folder / "results.csv") as draft, open(draft, "w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(self.rows[0]))
+            writer = csv.DictWriter(file, fieldnames=list(self.rows[-1]))
             writer.writeheader()
             writer.writerows(self.rows)
 
@@ -242,58 +369,47 @@ class Report:
         if config.plots:
             draw_evaluation(evaluation, truth, diagnosis, self.folder)
 
-    # Trackers ---------------------------------------------------------------------------------------------------------
-    def start_trackers(self, config: TrainConfig) -> None:
-        """Start the trackers on the main process. One that fails is a warning; it never ends the training."""
-        self.accelerator.project_configuration.logging_dir = str(self.folder)
-        values = {k: v if isinstance(v, int | float | str) else str(v) for k, v in asdict(config).items()}
-        failure, place = "", ""
-        try:
-            wandb_here = "wandb" in config.trackers and self.accelerator.is_main_process
-            options = {"wandb": _wandb_options(self.folder)} if wandb_here else {}
-            self.accelerator.init_trackers("yolo-accelerate", config=values, init_kwargs=options)
-            place = _wandb_place(self.accelerator.get_tracker("wandb", unwrap=True)) if wandb_here else ""
-        except Exception as error:
-            failure = str(error)
-        failure, place = on_main(self.accelerator, lambda: (failure, place))
-        if failure:
-            self.accelerator.trackers = []
-            self.say(f"warning: the trackers did not start and stay off: {failure}")
-        elif place:
-            self.say(f"wandb      {place}")
-
-    def close(self) -> None:
-        """Finish the trackers and the logs."""
-        self.accelerator.end_training()
+    def close(self, state: TrainState | None = None) -> None:
+        """Finish the trackers, the watch and the logs."""
+        self.watch.end()
+        self.tracking.close(self.folder, state)
+        self.watch.close()
         for handler in self.handlers:
             logging.getLogger().removeHandler(handler)
             handler.close()
 
 
-def _wandb_options(folder: Path) -> dict[str, Any]:
-    """Options of wandb.init: offline where there is no key, without asking; WANDB_MODE is honoured."""
-    import wandb  # half a second, so only where it is used
-
-    options: dict[str, Any] = {"dir": str(folder), "name": folder.name, "settings": wandb.Settings(silent=True)}
-    if not os.environ.get("WANDB_MODE"):
-        try:
-            known = wandb.login(prompt=False)
-        except Exception:  # a key, but nobody there to check it
-            known = False
-        if not known:
-            options["mode"] = "offline"
-    return options
-
-
-def _wandb_place(run: Any) -> str:
-    """Where a W&B run is to be found."""
-    if run.disabled:
-        return "disabled by WANDB_MODE"
-    return f"offline; to send it: wandb sync {Path(run.dir).parent}" if run.offline else run.url
-
-
 def _counts(labels: list[Labels]) -> str:
     return f"{len(labels)} images with {sum(len(entry.cls) for entry in labels)} boxes"
+
+
+def _worst(window: Window) -> str:
+    """Data wait and memory of the ranks that have most of it."""
+    wait, holder = _argmax(window.waits), _argmax(window.memory)
+    share = window.waits[wait] / max(window.seconds[wait], 1e-9)
+    return f"data wait {share:.0%} (rank {wait})  {window.memory[holder] / 1e9:.2f} GB (rank {holder})"
+
+
+def _speed(window: Window) -> dict[str, float]:
+    """Throughput of all ranks, seconds a step of the slowest and the median rank, longest data wait, gradient norm."""
+    return {
+        "speed/images_per_s": window.images / max(window.seconds),
+        "speed/step_slowest_rank": max(window.seconds) / window.steps,
+        "speed/step_median_rank": statistics.median(window.seconds) / window.steps,
+        "speed/data_wait_worst_rank": max(window.waits) / window.steps,
+        "speed/memory_gb_worst_rank": max(window.memory) / 1e9,
+        "train/grad_norm": window.grad_norm,
+    }
+
+
+def _argmax(values: list[float]) -> int:
+    return max(range(len(values)), key=values.__getitem__)
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}"
 
 
 def _numbers(values: dict[str, float]) -> str:

@@ -27,7 +27,7 @@ def main(config: ValConfig) -> None:
     """Evaluate, from the checkpoint to the table. Every rank runs all of it."""
     config.check()
     accelerator, precision = start_processes(config.mixed_precision, [])
-    report = Report(accelerator)
+    report = Report(accelerator, config)
     if config.predictions:
         measure_file(config, accelerator, report)
         return
@@ -45,7 +45,9 @@ def main(config: ValConfig) -> None:
     if len(model.names) != len(data.names):
         raise InputError(f"{config.weights} knows {len(model.names)} classes, {data.name} names {len(data.names)}.")
     report.say(f"reading the labels of {config.split}")
+    report.watch.begin("reading labels")
     labels, truth, faults = read_truth(data, config, accelerator)
+    report.watch.end()
     check_usable(data.name, None, labels, faults)
     val_set = ValSet(labels, data.names, data.channels, config.imgsz, stride, config.rect is not False)
     loader = val_loader(val_set, config, accelerator)
@@ -57,7 +59,7 @@ def main(config: ValConfig) -> None:
         report.say(f"warning: class {first} is {model.names[first]} in the checkpoint, {data.names[first]} in the data")
     report.processes(config, precision)
     evaluated = inference_copy(model, accelerator.device, config.memory_format)
-    result = evaluate(evaluated, loader, truth, config, accelerator)
+    result = evaluate(evaluated, report.watched(loader, "evaluating"), truth, config, accelerator)
     report.timing(result)
     report.evaluation(result, truth, config)
     report.say(f"results in {report.folder}")

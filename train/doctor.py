@@ -1,0 +1,218 @@
+"""See what each process sees, and what is wrong with it, before a training does.
+
+    make doctor GPUS=2
+    accelerate launch --multi_gpu --num_processes 2 train/doctor.py --mixed-precision bf16
+
+Prints a table by rank, a checked and timed all-reduce, and in plain words what is wrong and how to mend it. Exit code 1
+where something is wrong.
+"""
+
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from torch import distributed
+
+from train.config import InputError, Precision
+from train.processes import device_type, local_processes, pick_precision
+
+PACKAGES = ("torch", "torchvision", "accelerate", "ultralytics", "hotcoco", "pycocotools", "wandb")
+BATCH_BYTES = 16 * 3 * 640 * 640  # of uint8 images, of which a worker holds three batches in shared memory
+Facts = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What the training will be asked for."""
+
+    mixed_precision: Precision | None = None
+    """Precision of the training; unset takes what the launcher says."""
+    workers: int = 8
+    """Data-loading processes of each rank."""
+
+
+def facts(options: Options) -> Facts:
+    """What this rank sees."""
+    local, rank = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("RANK", 0))
+    kind = device_type()
+    seen: Facts = {"rank": rank, "host": socket.gethostname(), "pid": os.getpid()}
+    seen |= {"device": kind, "name": platform.processor() or platform.machine(), "memory": "", "capability": ""}
+    seen |= {"GPUs seen": torch.cuda.device_count(), "ranks on this host": local_processes()}
+    if kind == "cuda":
+        index = local % max(torch.cuda.device_count(), 1)
+        card = torch.cuda.get_device_properties(index)
+        seen |= {"device": f"cuda:{index}", "name": card.name, "memory": f"{card.total_memory / 1e9:.0f} GB"}
+        seen |= {"capability": f"{card.major}.{card.minor}", "uuid": str(getattr(card, "uuid", index))}
+    seen["driver"] = driver()
+    seen["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "not set")
+    seen["CUDA of torch"] = torch.version.cuda or "none: a CPU build"
+    seen["backend"] = "nccl" if kind == "cuda" else "gloo"
+    seen["NCCL"] = distributed.is_nccl_available()
+    for name in PACKAGES:
+        try:
+            seen[name] = version(name)
+        except PackageNotFoundError:
+            seen[name] = "not installed"
+    seen["python"] = platform.python_version()
+    seen["cores"] = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    seen["threads"] = torch.get_num_threads()
+    seen["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "not set")
+    seen["shared memory"] = shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else None
+    try:
+        import resource
+
+        seen["open files"] = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    except ImportError:  # Windows
+        seen["open files"] = None
+    try:
+        precision, reason = pick_precision(options.mixed_precision, kind)
+        seen |= {"precision": f"{precision} ({reason})", "precision fault": ""}
+        if precision == "bf16" and kind == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+            seen["precision fault"] = f"bf16 was asked for, which {seen['name']} does not compute. Say fp16, or auto."
+    except InputError as error:
+        seen |= {"precision": "none", "precision fault": str(error)}
+    return seen
+
+
+def driver() -> str:
+    """Version of NVIDIA's driver; empty where there is none."""
+    try:
+        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        said = subprocess.run(command, capture_output=True, text=True, timeout=10)
+        return said.stdout.split()[0] if said.returncode == 0 and said.stdout else ""
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+
+
+def findings(ranks: list[Facts], options: Options) -> list[str]:
+    """What is wrong and how to mend it, one sentence or two each, with the ranks it is about."""
+    found: list[str] = []
+    for host in dict.fromkeys(seen["host"] for seen in ranks):
+        here = [seen for seen in ranks if seen["host"] == host]
+        first, wanted = here[0], here[0]["ranks on this host"]
+        cuda = first["device"].startswith("cuda")
+        if first["driver"] and first["CUDA of torch"].startswith("none"):
+            found.append(
+                f"{host} has an NVIDIA driver ({first['driver']}), but torch {first['torch']} is a CPU build. "
+                "Install one for CUDA: see https://pytorch.org/get-started/locally."
+            )
+        elif first["driver"] and not first["GPUs seen"]:
+            found.append(
+                f"{host} has an NVIDIA driver, but PyTorch sees no GPU (CUDA_VISIBLE_DEVICES is "
+                f"{first['CUDA_VISIBLE_DEVICES']}). Set it to the GPUs to use, or unset it."
+            )
+        if cuda and wanted > first["GPUs seen"]:
+            found.append(
+                f"{wanted} processes were started on {host}, which has {first['GPUs seen']} GPUs for them. "
+                f"Start {first['GPUs seen']}: GPUS={first['GPUs seen']} or --num_processes {first['GPUs seen']}."
+            )
+        by_device: dict[str, list[int]] = {}
+        for seen in here:
+            if cuda:
+                by_device.setdefault(str(seen.get("uuid", seen["device"])), []).append(seen["rank"])
+        for shared in (held for held in by_device.values() if len(held) > 1):
+            found.append(
+                f"Ranks {', '.join(map(str, shared))} are on one GPU of {host}. Start fewer processes, or make more "
+                f"GPUs visible (CUDA_VISIBLE_DEVICES is {first['CUDA_VISIBLE_DEVICES']})."
+            )
+        if cuda and len(ranks) > 1 and not first["NCCL"]:
+            found.append(f"torch {first['torch']} on {host} has no NCCL, which GPUs talk by. Install a CUDA build.")
+        workers = min(options.workers, first["cores"] // wanted)
+        needed = 3 * BATCH_BYTES * workers * wanted
+        if first["shared memory"] is not None and first["shared memory"] < needed:
+            found.append(
+                f"/dev/shm on {host} has {first['shared memory'] / 1e6:.0f} MB free; {workers} workers in each of "
+                f"{wanted} ranks need about {needed / 1e6:.0f} MB. Start the container with --shm-size=8g or "
+                "--ipc=host, or train with --workers 0."
+            )
+        if first["threads"] * wanted > first["cores"]:
+            found.append(
+                f"{wanted} ranks of {first['threads']} threads share the {first['cores']} cores of {host}. "
+                f"Set OMP_NUM_THREADS={max(first['cores'] // wanted, 1)}."
+            )
+        elif not cuda and first["threads"] * wanted * 2 <= first["cores"]:
+            found.append(
+                f"{wanted} ranks of {first['threads']} threads leave most of the {first['cores']} cores of {host} idle "
+                f"(launchers set one thread). Set OMP_NUM_THREADS={first['cores'] // wanted}."
+            )
+        if first["open files"] is not None and 0 <= first["open files"] < 1024:
+            found.append(f"{host} allows {first['open files']} open files, too few for workers: ulimit -n 4096.")
+    for fault in dict.fromkeys(seen["precision fault"] for seen in ranks if seen["precision fault"]):
+        found.append(fault)
+    for name in ("python", *PACKAGES):
+        if len(versions := {seen[name] for seen in ranks}) > 1:
+            found.append(f"The ranks have different versions of {name}: {', '.join(sorted(versions))}. Make them one.")
+    return found
+
+
+def table(ranks: list[Facts]) -> list[str]:
+    """The facts as lines, a column for each rank; what all have in common is said once."""
+    lines = []
+    for name in ranks[0]:
+        if name in ("uuid", "precision fault"):
+            continue
+        values = [f"{seen[name] / 1e9:.1f} GB free" if name == "shared memory" and seen[name] else str(seen[name])
+                  for seen in ranks]  # fmt: skip
+        shown = values[:1] if len(set(values)) == 1 and name != "rank" else values
+        lines.append(f"{name:22}" + "".join(f"{value:<28}" if len(shown) > 1 else value for value in shown).rstrip())
+    return lines
+
+
+def all_reduce(device: torch.device, megabytes: int = 32) -> tuple[bool, float]:
+    """Whether a sum over the ranks is right, and the seconds that it takes (collective)."""
+    rank, ranks = distributed.get_rank(), distributed.get_world_size()
+    tensor, right, seconds = torch.empty(megabytes * 250_000, device=device), True, []
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    group: Any = distributed.new_group(backend=backend, timeout=timedelta(minutes=2))
+    for _ in range(4):
+        tensor.fill_(rank + 1)
+        started = time.perf_counter()
+        distributed.all_reduce(tensor, group=group)
+        right &= bool((tensor == ranks * (ranks + 1) / 2).all())  # waits for the device
+        seconds.append(time.perf_counter() - started)
+    return right, min(seconds)
+
+
+def main(options: Options) -> int:
+    """Every rank runs all of it; the first one speaks. Returns the exit code."""
+    seen, ranks = facts(options), int(os.environ.get("WORLD_SIZE", 1))
+    everyone: list[Facts] = [seen]
+    if ranks > 1:
+        # gloo, not Accelerate's choice: the ranks must be able to talk where the GPUs or NCCL are what is wrong
+        distributed.init_process_group("gloo", timeout=timedelta(minutes=2))
+        everyone = [{} for _ in range(ranks)]
+        distributed.all_gather_object(everyone, seen)
+    speaks = seen["rank"] == 0
+    wrong = findings(everyone, options)
+    if speaks:
+        print("\n".join(table(everyone)))
+    if ranks > 1 and not (wrong and seen["device"].startswith("cuda")):
+        device = torch.device(seen["device"])
+        right, seconds = all_reduce(device)
+        if speaks:
+            print(f"{'all-reduce':22}32 MB in {seconds * 1000:.1f} ms, {'right' if right else 'WRONG'}")
+        if not right:
+            wrong.append("The sum over the ranks is wrong: the machine or its interconnect cannot be trusted.")
+    elif ranks > 1 and speaks:
+        print(f"{'all-reduce':22}not tried while something is wrong")
+    if speaks:
+        print("\n".join(f"wrong: {sentence}" for sentence in wrong) or "nothing wrong found", flush=True)
+    if ranks > 1:
+        distributed.barrier()
+        distributed.destroy_process_group()
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(Options, description=__doc__)))
