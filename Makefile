@@ -12,7 +12,7 @@ LAUNCH = @exec $(PY) -m train.processes --gpus "$(GPUS)" --cpus "$(CPUS)" --
 QUICK := --imgsz 160 --epochs 14 --batch 16 --nbs 16 --warmup-epochs 1 --mosaic 0
 LAST_WEIGHTS = $$(ls -t runs/detect/*/weights/best.pt 2>/dev/null | head -n 1)
 
-.PHONY: help train validate doctor test fuzz bench-eval check clean
+.PHONY: help train validate doctor test fuzz bench-eval bench-log check clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -39,6 +39,9 @@ fuzz: .venv/installed  ## damaged labels and YAMLs for 60 seconds: no reader fai
 
 bench-eval: .venv/installed  ## measure evaluation against pycocotools and yolo val: make bench-eval ARGS="--data coco128.yaml"
 	@exec $(PY) -m tests.bench.evaluation $(ARGS)
+
+bench-log: .venv/installed  ## measure what logging costs within the steps
+	@exec $(PY) -m tests.bench.logs $(ARGS)
 
 check: .venv/installed-dev  ## format and lint (ruff), types (mypy)
 	@$(PY) -m ruff format --check . && $(PY) -m ruff check . && $(PY) -m mypy

@@ -61,12 +61,11 @@ def test_two_ranks_here(tmp_path):
     assert "nothing wrong found" in console
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_what_this_machine_lacks_is_found(tmp_path, ranks: int):
-    done = launch(ranks, DOCTOR, "--mixed-precision", "fp16", cwd=tmp_path, OMP_NUM_THREADS="64")
+def test_what_this_machine_lacks_is_found(tmp_path):
+    done = launch(2, DOCTOR, "--mixed-precision", "fp16", cwd=tmp_path, OMP_NUM_THREADS="4096")
     assert done.returncode == 1
     assert done.stdout.count("wrong: --mixed_precision is fp16, which the CPU does not compute") == 1
-    assert done.stdout.count("ranks of 64 threads share the") == 1
+    assert len(re.findall(r"wrong: 2 ranks of \d+ threads share the \d+ cores", done.stdout)) == 1
 
 
 def test_more_gpus_than_there_are_is_said_before_the_launch(tmp_path):

@@ -39,6 +39,8 @@ def home(tmp_path_factory: pytest.TempPathFactory, shapes: Path) -> Path:
         "broken.yaml": "train: [a\n",
         "args.yaml": "epochs: many\nmosaic: -3\n",
         "list.yaml": "- epochs\n",
+        "unknown.json": '[{"image_id": 777777, "category_id": 0, "bbox": [1, 2, 3, 4], "score": 0.5}]',
+        "other.json": '{"images": [], "annotations": [], "categories": [{"id": 1, "name": "circle"}]}',
     }
     for name, text in files.items():
         (folder / name).write_text(text)
@@ -79,6 +81,11 @@ CASES = [
     (["--trackers", "wandbb"], "'wandbb'; Accelerate knows .*wandb"),
     (["--trackers", "clearml"], "clearml, which is not installed: pip install clearml"),
     (["--mixed-precision", "fp16"], "fp16, which the CPU does not compute"),
+    (["--val-precision", "fp16"], "--val-precision is fp16, which the CPU does not compute"),
+    (["--val-interval", "0", "--val-fraction", "2"], "--val-fraction is 2.*--val-interval is 0"),
+    (["--max-dets", "10", "1", "100"], r"--max-dets is \[10, 1, 100\]; it must be three rising numbers"),
+    ([*GOOD, "--annotations", "gone.json"], r"gone\.json is not a COCO annotation file that can be read"),
+    ([*GOOD, "--annotations", "other.json"], r"other\.json lacks 21 of 21 images"),
     (["--resume", "run", "--model", "x.pt"], "--resume goes on with the run's own options; leave out --model"),
     (["--resume", "gone"], r"gone/config\.json cannot be read"),
     (["--cfg", "args.yaml"], r"epochs is 'many'; input should be a valid integer"),
@@ -116,18 +123,35 @@ CASES = [
 ]
 
 
+VALIDATE_CASES = [
+    ([], "either --weights, a checkpoint, or --predictions"),
+    (["--weights", "gone.pt"], r"no checkpoint gone\.pt"),
+    (["--weights", "cut.pt"], r"cut\.pt is not a checkpoint that can be loaded"),
+    (["--weights", "good.pt"], r"good\.pt does not say what it was trained on"),
+    (["--weights", "good.pt", "--data", "good.yaml", "--split", "test"], "names no `test` images"),
+    (["--predictions", "gone.json", "--data", "good.yaml"], r"gone\.json is not a COCO results file"),
+    (["--predictions", "other.json", "--data", "good.yaml"], r"other\.json is not a COCO results file"),
+    (
+        ["--predictions", "unknown.json", "--data", "good.yaml"],
+        "names image ids that the data set does not have.*777777",
+    ),
+    (["--predictions", "unknown.json"], "--predictions needs --data"),
+]
+
+
 def test_each_mistake_is_one_message_with_its_mend(home: Path):
     before = sorted(home.rglob("*"))
-    lines = "".join(json.dumps([str(DETECT), *arguments]) + "\n" for arguments, _ in CASES)
+    cases = [(DETECT, *case) for case in CASES] + [(VALIDATE, *case) for case in VALIDATE_CASES]
+    lines = "".join(json.dumps([str(script), *arguments]) + "\n" for script, arguments, _ in cases)
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "2"}
     done = subprocess.run(
         [sys.executable, str(ROOT / "tests" / "workers" / "mistakes.py")],
         input=lines, capture_output=True, text=True, cwd=home, env=environment, timeout=300,
     )  # fmt: skip
     results = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert len(results) == len(CASES), done.stderr[-2000:]
+    assert len(results) == len(cases), done.stderr[-2000:]
     wrong = []
-    for (arguments, message), result in zip(CASES, results, strict=True):
+    for (_, arguments, message), result in zip(cases, results, strict=True):
         said = re.sub(r"\s+", " ", result["err"])
         if result["code"] != 2 or not re.search(message, said) or "Traceback" in said:
             wrong.append((arguments, result["code"], said[-300:]))

@@ -165,12 +165,18 @@ def start_processes(wanted_precision: Precision | None, trackers: list[str], see
 
 
 def resolved(config: C, accelerator: Accelerator) -> C:
-    """The configuration with what the device decides filled in: precision and memory order."""
+    """The configuration with what the device decides filled in: precision and memory order.
+
+    Raises:
+        InputError: a precision that the device lacks.
+    """
     fast = accelerator.device.type == "cuda" or (
         accelerator.device.type == "cpu"
         and platform.machine() in ("x86_64", "AMD64")
         and torch.backends.mkldnn.is_available()
     )
+    if getattr(config, "val_precision", None) == "fp16" and accelerator.device.type == "cpu":
+        raise InputError("--val-precision is fp16, which the CPU does not compute. Say bf16 or no.")
     channels_last = fast if config.channels_last is None else config.channels_last
     return replace(config, mixed_precision=accelerator.mixed_precision, channels_last=channels_last)
 
