@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -126,7 +127,7 @@ def test_weights_and_average_are_those_of_ultralytics_trainer(model: str, optimi
     use_global_loss(detector, lambda value: value, ranks=1)
     schedule = Schedule(config, images=20, classes=3)
     sgd = build_optimizer(detector, schedule)
-    report = Report(accelerator)
+    report = Report(accelerator, replace(config, plots=False))
     before = deepcopy(detector.state_dict())
     for epoch in range(2):
         report.epoch_starts(epoch, 2, len(schedule.step_ends(epoch)))

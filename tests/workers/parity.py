@@ -6,6 +6,7 @@ usage: parity.py DATA.yaml OUT [--local | --ddp]; --ddp is plain DDP over Ultral
 import hashlib
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -52,7 +53,7 @@ def main() -> None:
     optimizer = build_optimizer(model, schedule)
     model, optimizer = accelerator.prepare(model, optimizer)
     loader, positions = train_loader(TrainSet(labels, data.names, 3, config), schedule.batches, accelerator)
-    report = Report(accelerator)
+    report = Report(accelerator, replace(config, plots=False))
 
     seen: list[list[str]] = []  # digests of this rank's images, by batch
 
@@ -76,7 +77,8 @@ def main() -> None:
         for epoch in range(1 if LOCAL else 2):
             positions.epoch = epoch
             report.epoch_starts(epoch, 2, len(schedule.step_ends(epoch)))
-            losses = train_one_epoch(epoch, model, ema, optimizer, loader, schedule, accelerator, report)
+            train_one_epoch(epoch, model, ema, optimizer, loader, schedule, accelerator, report)
+            losses = report.whole.means()
     handle.remove()
     rank = accelerator.process_index
     out.mkdir(exist_ok=True)
