@@ -16,6 +16,7 @@ import pytest
 
 from tests.conftest import DETECT, ROOT, launch, succeed
 from train import watch
+from train.report import NO_TERMINAL
 from train.watch import Watch
 
 FAULTY = ROOT / "tests" / "workers" / "faulty.py"
@@ -112,7 +113,7 @@ def on_a_terminal(options: list[object], cwd: Path, **environment: str) -> str:
     import termios
 
     fcntl.ioctl(secondary, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
-    base = {key: value for key, value in os.environ.items() if key not in ("NO_COLOR", "FORCE_COLOR")}
+    base = {key: value for key, value in os.environ.items() if key not in ("NO_COLOR", "FORCE_COLOR", *NO_TERMINAL)}
     base |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "TERM": "xterm", **environment}
     process = subprocess.Popen(
         [sys.executable, str(DETECT), *map(str, options)], cwd=cwd, env=base,
@@ -151,6 +152,13 @@ def test_a_terminal_gets_one_live_bar_and_finished_lines_above(shapes: Path, tmp
 def test_lines_on_a_terminal_without_colour(shapes: Path, tmp_path: Path):
     options = ["--data", shapes, *QUICK.split(), "--epochs", 1, "--sync-bn", "--progress", "lines", "--no-plots"]
     said = on_a_terminal(options, tmp_path, NO_COLOR="1")
+    assert "\x1b" not in said
+    assert "\r" not in said.replace("\r\n", "\n")
+
+
+def test_a_notebooks_terminal_is_none(shapes: Path, tmp_path: Path):
+    options = ["--data", shapes, *QUICK.split(), "--epochs", 1, "--sync-bn", "--no-plots"]
+    said = on_a_terminal(options, tmp_path, JPY_PARENT_PID="1")
     assert "\x1b" not in said
     assert "\r" not in said.replace("\r\n", "\n")
 

@@ -101,22 +101,45 @@ def read_annotations(file: str) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         reason = f"it has no {error}" if isinstance(error, KeyError) else error
         raise InputError(f"--annotations {file} is not a COCO annotation file that can be read: {reason}") from None
+    known = {kind: {entry["id"] for entry in truth[kind]} for kind in ("images", "categories")}
+    for kind, ids in known.items():
+        if len(ids) < len(truth[kind]):
+            raise InputError(f"--annotations {file} has an id twice among its {kind}.")
+    for a in truth["annotations"]:
+        if len(a["bbox"]) != 4 or not np.isfinite([*a["bbox"], a["area"]]).all():
+            raise InputError(f"--annotations {file}: annotation {a['id']} has the bbox {a['bbox']}, not four numbers.")
+        if a["image_id"] not in known["images"] or a["category_id"] not in known["categories"]:
+            raise InputError(
+                f"--annotations {file}: annotation {a['id']} is of image {a['image_id']} and category "
+                f"{a['category_id']}, which the file does not list."
+            )
     return truth
 
 
 def _from_annotations(labels: list[Labels], names: dict[int, str], config: EvalConfig) -> tuple[list[Labels], dict]:
     """The part of the annotation file that is about these images and classes; images are matched by file name."""
     file, truth = config.annotations, read_annotations(config.annotations)
-    by_name = {Path(image["file_name"]).name: image for image in truth["images"]}
-    missing = [entry.im_file for entry in labels if Path(entry.im_file).name not in by_name]
+    by_name = defaultdict(list)
+    for image in truth["images"]:
+        by_name[Path(image["file_name"]).name].append(image)
+    found: list[dict] = []
+    missing: list[str] = []
+    for entry in labels:
+        same = by_name.get(Path(entry.im_file).name, [])
+        if len(same) > 1:  # then the folders must tell them apart
+            same = [image for image in same if Path(entry.im_file).as_posix().endswith(f"/{image['file_name']}")]
+        found += same[:1]
+        missing += [] if len(same) == 1 else [entry.im_file]
     if missing:
         raise InputError(f"--annotations {file} lacks {len(missing)} of {len(labels)} images, first {missing[0]}.")
+    if len({image["id"] for image in found}) < len(found):
+        raise InputError(f"--annotations {file}: two images of the split are one in the file by name.")
     ids = {category["name"]: category["id"] for category in truth["categories"]}
     unknown = [] if config.single_cls else [name for name in names.values() if name not in ids]
     if unknown:
         raise InputError(f"--annotations {file} has no category named {', '.join(unknown)}; it has {', '.join(ids)}.")
-    labels = [replace(entry, image_id=by_name[Path(entry.im_file).name]["id"]) for entry in labels]
-    images = [by_name[Path(entry.im_file).name] | {"file_name": entry.im_file} for entry in labels]
+    labels = [replace(entry, image_id=image["id"]) for entry, image in zip(labels, found, strict=True)]
+    images = [image | {"file_name": entry.im_file} for entry, image in zip(labels, found, strict=True)]
     here = {image["id"] for image in images}
     category_ids = {index: 0 if config.single_cls else ids[name] for index, name in names.items()}
     chosen = set(ids.values()) if config.single_cls else set(category_ids.values())

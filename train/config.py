@@ -5,6 +5,7 @@ side. `parse` reads the command line, and a file of options (`--cfg`) below it.
 """
 
 import dataclasses
+import importlib.util
 import json
 import math
 import os
@@ -132,6 +133,10 @@ class EvalConfig(Data, Validation, Computing, Logging):
             faults += _outside(self, 1, math.inf, "log_interval")
         if self.val_limit is not None:
             faults += _outside(self, 1, math.inf, "val_limit")
+        if self.annotations and self.single_cls and self.classes is not None:
+            faults.append("--annotations goes with --single-cls or with --classes, not with both.")
+        if self.coco_eval == "hotcoco" and importlib.util.find_spec("hotcoco") is None:
+            faults.append("hotcoco is not installed: pip install hotcoco, or say --coco-eval pycocotools.")
         if not 0 < self.max_dets[0] < self.max_dets[1] < self.max_dets[2]:
             faults.append(f"--max-dets is {list(self.max_dets)}; it must be three rising numbers, as 1 10 100 are.")
         if self.classes is not None and (not self.classes or min(self.classes) < 0):
@@ -350,10 +355,11 @@ class ValConfig(Evaluating, EvalConfig):
 
 def _with_checkpoint(given: dict[str, Any], arguments: list[str]) -> dict[str, Any]:
     """Options of validate.py: those given in a file, and below them those that the checkpoint was validated with."""
-    weights = _value_of("--weights", arguments) or given.get("weights", "")
+    weights = os.path.expanduser(_value_of("--weights", arguments) or given.get("weights", ""))
     if not weights.endswith(".pt") or not Path(weights).is_file():
         return given
-    from train.model import trained_with  # it reads this module
+    from train.model import trained_with  # they read this module
+    from train.processes import device_type
 
     known = {field.name for field in dataclasses.fields(ValConfig)}
     # A subset is an economy of training; the rest belongs to the machine.
@@ -363,8 +369,9 @@ def _with_checkpoint(given: dict[str, Any], arguments: list[str]) -> dict[str, A
     kept = _typed(ValConfig, {key: value for key, value in trained.items() if key in known - own}, weights)
     if _value_of("--data", arguments) or _value_of("--split", arguments) or {"data", "split"} & set(given):
         kept.pop("annotations", None)  # of that data and split
-    if os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no":
-        kept.pop("mixed_precision", None)  # the launcher was told another
+    told = os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no"  # the launcher was
+    if told or (kept.get("mixed_precision") == "fp16" and device_type() == "cpu"):  # which has no fp16
+        kept.pop("mixed_precision", None)
     return kept | given
 
 
@@ -416,6 +423,12 @@ def parse(kind: type[C], description: str, arguments: list[str] | None = None) -
     parsed: Any = tyro.cli(dataclasses.make_dataclass("Options", members), args=arguments, description=description)
     options = {key: value for name, _, _ in members for key, value in vars(getattr(parsed, name)).items()}
     del options["cfg"]
+    if run:  # results.csv has columns for them, and the best epoch is the best by them
+        fixed = ("split", "annotations", "val_fraction", "val_limit", "max_dets")
+        changed = [name for name in fixed if name in values and options[name] != values[name]]
+        if changed:
+            flags = ", ".join(f"--{name.replace('_', '-')}" for name in changed)
+            raise InputError(f"--resume goes on with what the run is measured by; leave out {flags}.")
     return kind(**options), warnings
 
 

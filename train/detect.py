@@ -120,7 +120,7 @@ def main(config: TrainConfig) -> None:
             if result.fitness > state.best_fitness:
                 best, state.best_epoch = result, epoch
                 state.best_fitness, state.best_ap = result.fitness, result.metrics["AP"]
-        report.epoch(optimizer, result, state, truth, config)
+        report.epoch(optimizer, result, state, truth, config, last=ends)
         on_main(accelerator, partial(state.save, config, result, weights))
         if no_time_left:
             report.say(f"stopping: another epoch would not end within {config.time:g} hours (--time)")

@@ -141,7 +141,7 @@ def findings(ranks: list[Facts], options: Options) -> list[str]:
                 f"{wanted} ranks of {first['threads']} threads share the {first['cores']} cores of {host}. "
                 f"Set OMP_NUM_THREADS={max(first['cores'] // wanted, 1)}."
             )
-        elif not cuda and first["threads"] * wanted * 2 <= first["cores"]:
+        elif not cuda and first["OMP_NUM_THREADS"] != "not set" and first["threads"] * wanted * 2 <= first["cores"]:
             found.append(
                 f"{wanted} ranks of {first['threads']} threads leave most of the {first['cores']} cores of {host} idle "
                 f"(launchers set one thread). Set OMP_NUM_THREADS={first['cores'] // wanted}."

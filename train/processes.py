@@ -247,6 +247,7 @@ def run(main: Callable[[C], None], kind: type[C], description: str) -> None:
     is. What a person can mend is one message: exit code 2 for bad input, 1 for a loss that is no longer a number.
     """
     code = 0
+    logging.getLogger("train").addHandler(logging.NullHandler())  # else logging prints what no file takes yet
     try:
         with said_once():
             config, warnings = parse(kind, description)

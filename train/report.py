@@ -7,6 +7,7 @@ import csv
 import json
 import logging
 import logging.handlers
+import math
 import os
 import statistics
 import sys
@@ -33,6 +34,7 @@ from train.watch import Watch
 
 LINES, STEPS = 8, 10  # unless --log-interval is given: most lines of losses in an epoch, least steps between two
 DRAWN = 20.0  # seconds between two drawings of the pictures that change with the epochs
+NO_TERMINAL = ("JPY_PARENT_PID", "KAGGLE_KERNEL_RUN_TYPE", "COLAB_RELEASE_TAG", "CI")
 SLOWER = 1.2  # times the median of the ranks
 
 
@@ -43,7 +45,7 @@ class Window:
     losses: dict[str, float]  # sums over the images
     images: int
     steps: int
-    grad_norm: float
+    grad_norm: float  # mean over the steps; not a number where none was finite, as fp16 may begin
     seconds: list[float]  # by rank: since the last point; of them waiting for data; of them in the model's forward
     waits: list[float]
     forwards: list[float]
@@ -53,7 +55,8 @@ class Window:
         """Both, one after the other."""
         both: dict[str, Any] = {"losses": {name: value + other.losses[name] for name, value in self.losses.items()}}
         both |= {"images": self.images + other.images, "steps": self.steps + other.steps}
-        both["grad_norm"] = (self.grad_norm * self.steps + other.grad_norm * other.steps) / both["steps"]
+        norms = [(part.grad_norm, part.steps) for part in (self, other) if math.isfinite(part.grad_norm)]
+        both["grad_norm"] = sum(n * k for n, k in norms) / sum(k for _, k in norms) if norms else math.nan
         for name in ("seconds", "waits", "forwards"):
             both[name] = [a + b for a, b in zip(getattr(self, name), getattr(other, name), strict=True)]
         return Window(memory=other.memory, **both)
@@ -73,10 +76,12 @@ class Report:
         self.begun = time.perf_counter()
         self.drawn = -DRAWN
         self.bar: tqdm | None = None
-        wants_bar = config.progress == "bar" or (config.progress == "auto" and sys.stdout.isatty())
+        # A notebook's `!command` and some CI runners give their commands a terminal that nobody looks at as one.
+        terminal = sys.stdout.isatty() and not any(name in os.environ for name in NO_TERMINAL)
+        wants_bar = config.progress == "bar" or (config.progress == "auto" and terminal)
         self.shows_bar = wants_bar and accelerator.is_main_process
         # https://no-color.org and https://force-color.org
-        self.colours = bool(os.environ.get("FORCE_COLOR")) or (sys.stdout.isatty() and not os.environ.get("NO_COLOR"))
+        self.colours = bool(os.environ.get("FORCE_COLOR")) or (terminal and not os.environ.get("NO_COLOR"))
         level = getattr(logging, config.log_level.upper())
         self.logger = logging.getLogger("train")
         self.early = logging.handlers.MemoryHandler(capacity=10_000, flushLevel=logging.CRITICAL + 1)
@@ -100,8 +105,10 @@ class Report:
         self.watch.last_line = time.monotonic()
         if self.colours and line.startswith("warning:"):
             line = f"\x1b[33m{line}\x1b[0m"
+        if not self.accelerator.is_main_process:  # accelerator.print would say it once on each machine
+            return
         if self.bar is None:
-            self.accelerator.print(line, flush=True)
+            print(line, flush=True)
         else:
             self.bar.write(line)
 
@@ -196,7 +203,7 @@ class Report:
 
     def start_trackers(self, config: TrainConfig, state: TrainState) -> None:
         """Start the trackers; the id of the W&B run goes into the run's folder and its checkpoints (collective)."""
-        state.wandb_id = self.tracking.start(config, self.folder, state.wandb_id)
+        state.wandb_id = self.tracking.start(config, self.folder, state.wandb_id) or state.wandb_id
         if state.wandb_id and self.accelerator.is_main_process:
             self._write("wandb_id.txt", state.wandb_id + "\n")
 
@@ -294,6 +301,7 @@ class Report:
         state: TrainState,
         truth: dict[str, Any],
         config: TrainConfig,
+        last: bool,
     ) -> None:
         """The epoch's lines of metrics, where it was validated; its row in results.csv, whose validation columns are
         blank otherwise; pictures; its point in the trackers.
@@ -316,7 +324,6 @@ class Report:
                 f"  (best AP {state.best_ap:.4g} in epoch {state.best_epoch + 1})"
             )
             self.timing(result)
-        last = state.epoch + 1 == config.epochs
         if self.accelerator.is_main_process:
             self._write_csv()
             if config.plots and (last or time.perf_counter() - self.drawn > DRAWN):
@@ -326,7 +333,7 @@ class Report:
                     same = [(image, "") for image in truth["images"][::every]]
                     draw_page(result.detections, truth, same, self.folder / "val_batch.jpg")
                 self.drawn = time.perf_counter()
-            self.tracking.epoch(row, self.rows, _speed(self.whole), result, state, truth, config, self.folder)
+            self.tracking.epoch(row, self.rows, _speed(self.whole), result, state, truth, config, self.folder, last)
 
     def timing(self, result: Evaluation) -> None:
         """Where the time of a validation went."""
@@ -392,13 +399,13 @@ def _worst(window: Window) -> str:
 
 def _speed(window: Window) -> dict[str, float]:
     """Throughput of all ranks, seconds a step of the slowest and the median rank, longest data wait, gradient norm."""
-    return {
+    norm = {"train/grad_norm": window.grad_norm} if math.isfinite(window.grad_norm) else {}
+    return norm | {
         "speed/images_per_s": window.images / max(window.seconds),
         "speed/step_slowest_rank": max(window.seconds) / window.steps,
         "speed/step_median_rank": statistics.median(window.seconds) / window.steps,
         "speed/data_wait_worst_rank": max(window.waits) / window.steps,
         "speed/memory_gb_worst_rank": max(window.memory) / 1e9,
-        "train/grad_norm": window.grad_norm,
     }
 
 

@@ -4,6 +4,7 @@ Only the main process tracks. Whatever fails here is one warning; it neither end
 """
 
 import contextlib
+import math
 import netrc
 import os
 import platform
@@ -11,6 +12,7 @@ import socket
 import subprocess
 import sys
 import threading
+import urllib.request
 from collections.abc import Callable
 from dataclasses import asdict
 from importlib.metadata import distributions
@@ -31,7 +33,7 @@ PACKAGES = ("torch", "torchvision", "accelerate", "ultralytics", "hotcoco", "pyc
 PROJECT = "yolo-accelerate"
 PICTURES = 12  # validation images in the table, the same every time
 RICH = 25  # tables, charts and pictures come at most about so often in a run
-REACHED = 0.5  # seconds in which W&B's server must answer a connection, else the run is kept offline
+REACHED = 0.8  # seconds in which W&B's server must answer a connection, else the run is kept offline
 
 
 class Tracking:
@@ -46,6 +48,7 @@ class Tracking:
     def __init__(self, accelerator: Accelerator, say: Callable[[str], None], wandb: bool = False):
         self.accelerator, self.say = accelerator, say
         self.run: Any = None  # of W&B, on the main process
+        self.shown = -math.inf  # the last epoch that tables, charts and pictures were sent after
         self.warming = threading.Thread(target=_warm, daemon=True)
         if wandb and accelerator.is_main_process:
             self.warming.start()
@@ -144,6 +147,7 @@ class Tracking:
         truth: dict[str, Any],
         config: TrainConfig,
         folder: Path,
+        last: bool,
     ) -> None:
         """An epoch's numbers, and at most RICH times a run what W&B shows beyond numbers. Main process only.
 
@@ -156,6 +160,7 @@ class Tracking:
             truth: COCO ground truth, whose `file_name` are paths.
             config: of the run.
             folder: has pictures of training batches.
+            last: whether this may be the last epoch.
         """
         if not self.accelerator.trackers:
             return
@@ -164,9 +169,10 @@ class Tracking:
         if self.run is not None:
 
             def rich() -> None:
-                epoch, last = row["epoch"], row["epoch"] == config.epochs
+                epoch = row["epoch"]
                 shown: dict[str, Any] = {}
-                if result and (epoch % -(-config.epochs // RICH) == 0 or last or len(rows) == 1):
+                if result and (last or epoch - self.shown >= config.epochs / RICH):
+                    self.shown = epoch
                     shown |= charts(rows, config.val_name) | tables(result, truth, config.val_name)
                 if len(rows) == 1:
                     shown |= _first_pictures(folder)
@@ -214,8 +220,8 @@ def _wandb_attempts(config: TrainConfig, folder: Path, wandb_id: str) -> tuple[l
     if has_key(server):
         if not reachable(server):  # wandb.init would wait for a minute and a half
             return [offline], f"W&B's server {server} does not answer; the run is kept offline"
-    elif not mode and not wandb.login(prompt=False):
-        return [offline], ""
+    elif not wandb.login(prompt=False):  # else wandb.init would ask, where there is a terminal
+        return [offline], "W&B has no key; the run is kept offline" if mode else ""
     return [options, offline], ""
 
 
@@ -230,8 +236,11 @@ def has_key(server: str) -> bool:
 
 
 def reachable(url: str) -> bool:
-    """Whether a server takes a connection within REACHED seconds, looking up its name included."""
+    """Whether a server, or the proxy before it, takes a connection within REACHED seconds, name lookup included."""
     parts = urlparse(url)
+    proxy = urllib.request.getproxies().get(parts.scheme)
+    if proxy and not urllib.request.proxy_bypass(parts.hostname or ""):
+        parts = urlparse(proxy if "//" in proxy else f"//{proxy}")
     port = parts.port or (80 if parts.scheme == "http" else 443)
     answers: list[bool] = []
 

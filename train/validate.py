@@ -15,7 +15,7 @@ from accelerate import Accelerator
 
 from train.checkpoint import new_folder
 from train.coco import evaluate, measure, read_annotations, read_predictions, read_truth
-from train.config import InputError, ValConfig
+from train.config import InputError, ValConfig, parse
 from train.data import ValSet, val_loader
 from train.labels import check_usable, find_data
 from train.model import check_imgsz, fetch_weights, inference_copy, largest_stride, load_detector, set_end2end
@@ -32,7 +32,10 @@ def main(config: ValConfig) -> None:
         measure_file(config, accelerator, report)
         return
     config = resolved(config, accelerator)
+    here = Path(config.weights).expanduser().is_file()
     weights = once_per_machine(accelerator, lambda: fetch_weights(config.weights))
+    if not here:  # it has just been downloaded, and may say what it was trained with
+        config = resolved(parse(ValConfig, __doc__ or "")[0], accelerator)
     model, _ = load_detector(weights, config.trust_checkpoint)
     stride = largest_stride(model)
     check_imgsz(config.imgsz, stride)

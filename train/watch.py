@@ -55,7 +55,7 @@ class Watch:
         self.silent = ""  # work that says nothing, for people
         self.since = self.last_line = self.last_progress = time.monotonic()
         self.expected = False  # whether progress is
-        self.place: tuple[int, int, str] = (0, 0, "starting")  # steps, stage within the step, in words
+        self.place: tuple[int, int, int, str] = (0, 0, 0, "the start")  # piece of work, batch, stage of it, in words
         self.slowest = 0.0
         self.ended = threading.Event()
         self.store = shared_store()
@@ -66,13 +66,14 @@ class Watch:
     def begin(self, silent: str, progress: bool = False) -> None:
         """Work starts that may be silent for long; with `progress` it calls `at` again and again."""
         self.silent, self.since = silent, time.monotonic()
+        self.place = (self.place[0] + 1, 0, 0, silent)
         self.last_progress, self.expected = self.since, progress
 
     def at(self, count: int, stage: int, words: str) -> None:
         """The rank has come to this stage of this batch or step."""
         now = time.monotonic()
         self.slowest = max(self.slowest, now - self.last_progress)
-        self.last_progress, self.place = now, (count, stage, words)
+        self.last_progress, self.place = now, (self.place[0], count, stage, words)
 
     def end(self) -> None:
         """The work is over; what follows is not watched."""
@@ -85,10 +86,12 @@ class Watch:
 
     # The thread -------------------------------------------------------------------------------------------------------
     def _run(self) -> None:
-        posted = 0.0
+        posted, last = 0.0, time.monotonic()
         while not self.ended.wait(0.25):
             now = time.monotonic()
-            silent = self.silent
+            if now - last > POSTED:  # this process was suspended: nobody could make progress
+                self.last_progress += now - last
+            last, silent = now, self.silent
             if self.rank == 0 and silent and now - max(self.since, self.last_line) >= HEARTBEAT:
                 self.last_line = now
                 self.say(f"still {silent}, {now - self.since:.0f} s")
@@ -100,19 +103,25 @@ class Watch:
 
     def _post(self, kind: str, frame: str) -> None:
         try:
-            self.store.set(f"train/{kind}/{self.rank}", json.dumps([*self.place, frame]))
+            self.store.set(f"train/{kind}/{self.rank}", json.dumps([*self.place, frame, time.time()]))
         except RuntimeError:  # the ranks are ending
             self.store = None
 
     def _hangs(self, seconds: float) -> None:
         """Write every thread's stack to this rank's log, say which ranks did not arrive, and end this process."""
+        try:
+            self._tell(seconds)
+        finally:
+            os._exit(1)
+
+    def _tell(self, seconds: float) -> None:
         frames = sys._current_frames()[threading.main_thread().ident or 0]
         ours = [f for f in traceback.extract_stack(frames) if f"{os.sep}train{os.sep}" in f.filename]
         frame = (
             f"{os.path.basename(ours[-1].filename)}:{ours[-1].lineno}, {ours[-1].name}" if ours else "outside train/"
         )
         logging.getLogger("train").error(
-            f"no step finished for {seconds:.0f} s (--hang-timeout); this rank stands at {self.place[2]} {frame}"
+            f"no step finished for {seconds:.0f} s (--hang-timeout); this rank stands at {self.place[3]} {frame}"
         )
         log = log_stream()
         faulthandler.dump_traceback(file=log or sys.stderr, all_threads=True)
@@ -122,26 +131,29 @@ class Watch:
         if self.store is None or is_first("hanging"):
             print(self._verdict(seconds), file=sys.stderr, flush=True)
         else:
-            time.sleep(8)  # the process of the first may live on a store that this one holds
-        os._exit(1)
+            time.sleep(2 * POSTED)  # the process of the first may live on a store that this one holds
+
+    def _posted(self, kind: str, rank: int) -> list | None:
+        key = f"train/{kind}/{rank}"
+        return json.loads(self.store.get(key)) if self.store.check([key]) else None
 
     def _verdict(self, seconds: float) -> str:
         """Which ranks the others wait for: those that do not answer, else those that have come least far."""
-        places: dict[int, list] = {self.rank: [*self.place, ""]}
+        places: dict[int, list] = {self.rank: [*self.place, "", 0]}
         silent: list[int] = []
         if self.store is not None:
-            time.sleep(4)  # for the others to notice
+            before = {rank: self._posted("place", rank) for rank in range(self.ranks)}
+            time.sleep(1.4 * POSTED)  # in which every rank that lives posts again, or notices the hang itself
             for rank in range(self.ranks):
-                kind = "hang" if self.store.check([f"train/hang/{rank}"]) else "place"
-                if kind == "place":
+                told, place = self._posted("hang", rank), self._posted("place", rank)
+                places[rank] = told or place or [0, 0, 0, "an unknown place", "", 0]
+                if not told and place == before[rank]:
                     silent.append(rank)
-                if self.store.check([f"train/{kind}/{rank}"]):
-                    places[rank] = json.loads(self.store.get(f"train/{kind}/{rank}"))
-        least = min(tuple(place[:2]) for place in places.values())
-        late = silent or [rank for rank, place in places.items() if tuple(place[:2]) == least]
+        least = min(place[:3] for place in places.values())
+        late = silent or [rank for rank, place in places.items() if place[:3] == least]
         lines = [f"error: no step finished for {seconds:.0f} s (--hang-timeout {self.timeout:g}). Did not arrive:"]
         for rank in late:
-            *_, words, frame = places.get(rank, [0, 0, "an unknown place", ""])
+            *_, words, frame, _ = places[rank]
             where = f"; it does not answer and was last seen at {words}" if rank in silent else f", at {words}"
             lines.append(f"  rank {rank} of {self.ranks}{where}{f' ({frame})' if frame else ''}")
         if (log := log_stream()) is not None:
