@@ -11,7 +11,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from train.coco import _check_ids, _mean_losses, coco_metrics, diagnose, ground_truth, metric_names, read_predictions
-from train.config import InputError
+from train.config import EvalConfig, InputError
 from train.labels import Labels
 from train.plots import worst_first
 
@@ -190,3 +190,35 @@ def test_pycocotools_is_a_path_of_its_own(tmp_path: Path):
     )
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert float(said) == coco_metrics(truth, rows)[0]["AP"]
+
+
+def test_an_annotation_file_is_checked_and_matched_by_folder(tmp_path: Path):
+    config = EvalConfig(annotations=str(tmp_path / "truth.json"))
+    labels = [Labels(f"/data/cam{i}/1.jpg", i, (100, 100), np.zeros(1), np.zeros((1, 4)), []) for i in (1, 2)]
+    content: dict = {
+        "images": [{"id": 10 + i, "file_name": f"cam{i}/1.jpg", "width": 100, "height": 100} for i in (1, 2)],
+        "annotations": [{"image_id": 12, "category_id": 5, "bbox": [1, 2, 30, 40]}],
+        "categories": [{"id": 5, "name": "a"}],
+    }
+
+    def read(**changes: list) -> tuple[list[Labels], dict]:
+        Path(config.annotations).write_text(json.dumps(content | changes))
+        return ground_truth(labels, {0: "a"}, config)
+
+    found, truth = read()
+    assert [entry.image_id for entry in found] == [11, 12]
+    assert [(a["image_id"], a["area"], a["iscrowd"]) for a in truth["annotations"]] == [(12, 1200, 0)]
+    same = [image | {"file_name": "1.jpg"} for image in content["images"]]
+    broken = content["annotations"][0]
+    for changes, message in (
+        ({"images": same}, "two images of the split|lacks"),
+        ({"images": content["images"][1:]}, "two images of the split are one"),
+        ({"images": [content["images"][0]] * 2}, "an id twice among its images"),
+        ({"annotations": [broken | {"bbox": [1, 2, 3]}]}, "not four numbers"),
+        ({"annotations": [broken | {"bbox": [1, 2, 3, float("nan")]}]}, "not four numbers"),
+        ({"annotations": [broken | {"category_id": 6}]}, "category 6, which the file does not list"),
+        ({"categories": [{"id": 5, "name": "b"}]}, "has no category named a"),
+        ({"images": 3}, "is not a COCO annotation file"),
+    ):
+        with pytest.raises(InputError, match=message):
+            read(**changes)

@@ -101,3 +101,23 @@ def test_rect_of_ultralytics_files_asks_for_nothing(tmp_path: Path):
     assert parse(TrainConfig, "", ["--cfg", str(tmp_path / "args.yaml")])[0].rect is None
     (tmp_path / "config.json").write_text('{"rect": false, "versions": {}}')
     assert parse(TrainConfig, "", ["--cfg", str(tmp_path / "config.json")])[0].rect is False
+
+
+def test_a_resumed_run_is_measured_as_before(tmp_path: Path):
+    (tmp_path / "config.json").write_text(json.dumps(asdict(TrainConfig(epochs=3)) | {"versions": {}}))
+    run = ["--resume", str(tmp_path)]
+    assert parse(TrainConfig, "", [*run, "--epochs", "5"])[0].epochs == 5
+    for changed in (["--val-limit", "5"], ["--max-dets", "1", "10", "300"], ["--split", "test"]):
+        with pytest.raises(InputError, match=f"leave out {changed[0]}"):
+            parse(TrainConfig, "", [*run, *changed])
+
+
+def test_a_checkpoint_in_fp16_is_validated_where_there_is_none(tmp_path: Path, monkeypatch):
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    trained = TrainConfig(mixed_precision="fp16", imgsz=96)
+    model, _ = build_model(trained, "yolov8n.yaml", {0: "a"}, 3)
+    torch.save(as_checkpoint(model, asdict(trained), 0, {}), tmp_path / "best.pt")
+    config, _ = parse(ValConfig, "", ["--weights", "~/best.pt"])
+    assert (config.mixed_precision, config.imgsz) == (None, 96)

@@ -425,7 +425,7 @@ def parse(kind: type[C], description: str, arguments: list[str] | None = None) -
     del options["cfg"]
     if run:  # results.csv has columns for them, and the best epoch is the best by them
         fixed = ("split", "annotations", "val_fraction", "val_limit", "max_dets")
-        changed = [name for name in fixed if name in values and options[name] != values[name]]
+        changed = [name for name in fixed if options[name] != values.get(name, getattr(kind(), name))]
         if changed:
             flags = ", ".join(f"--{name.replace('_', '-')}" for name in changed)
             raise InputError(f"--resume goes on with what the run is measured by; leave out {flags}.")
