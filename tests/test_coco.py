@@ -214,7 +214,7 @@ def test_an_annotation_file_is_checked_and_matched_by_folder(tmp_path: Path):
         ({"images": same}, "two images of the split|lacks"),
         ({"images": content["images"][1:]}, "two images of the split are one"),
         ({"images": [content["images"][0]] * 2}, "an id twice among its images"),
-        ({"annotations": [broken | {"bbox": [1, 2, 3]}]}, "not four numbers"),
+        ({"annotations": [broken | {"bbox": [1, 2, 3, 4, 5]}]}, "not four numbers"),
         ({"annotations": [broken | {"bbox": [1, 2, 3, float("nan")]}]}, "not four numbers"),
         ({"annotations": [broken | {"category_id": 6}]}, "category 6, which the file does not list"),
         ({"categories": [{"id": 5, "name": "b"}]}, "has no category named a"),
