@@ -46,19 +46,6 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder whose best.pt has learnt something: the built-in shapes, one process."""
     folder = tmp_path_factory.mktemp("trained")
-    recipe = [
-        "--imgsz",
-        "160",
-        "--epochs",
-        "8",
-        "--batch",
-        "16",
-        "--nbs",
-        "16",
-        "--warmup-epochs",
-        "1",
-        "--mosaic",
-        "0",
-    ]
-    succeed(1, DETECT, *recipe, "--trackers", "none", "--mixed-precision", "auto", cwd=folder, OMP_NUM_THREADS="2")
+    recipe = "--imgsz 160 --epochs 8 --batch 16 --nbs 16 --warmup-epochs 1 --mosaic 0 --val-interval 4 --trackers none"
+    succeed(1, DETECT, *recipe.split(), "--mixed-precision", "auto", cwd=folder, OMP_NUM_THREADS="2")
     return folder / "runs" / "detect" / "exp"

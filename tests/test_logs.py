@@ -11,7 +11,6 @@ import sys
 import time
 from pathlib import Path
 
-import cv2
 import pytest
 import torch
 
@@ -31,6 +30,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, shapes: Path) -> dict[int, tu
     for ranks in (1, 2, 4):
         folder = tmp_path_factory.mktemp(f"logs{ranks}")
         options = ["--data", shapes, *QUICK.split(), "--log-interval", 2, "--log-file", folder / "here" / "log.txt"]
+        options += ["--no-plots"]
         done[ranks] = (folder / "runs" / "detect" / "exp", succeed(ranks, DETECT, *options, cwd=folder))
     return done
 
@@ -75,7 +75,7 @@ def test_every_rank_has_a_log_with_everything(runs):
         assert (folder.parents[2] / "here" / "log.txt").read_text() == logs["rank0.log"]
 
 
-def test_results_csv_and_the_pictures_of_a_training(runs):
+def test_results_csv(runs):
     for folder, _ in runs.values():
         with open(folder / "results.csv", newline="") as file:
             rows = list(csv.DictReader(file))
@@ -83,8 +83,6 @@ def test_results_csv_and_the_pictures_of_a_training(runs):
         wanted = {"seconds", "images_per_s", "peak_memory_gb", "global_step", "lr/pg0", "lr/pg1", "lr/pg2"}
         wanted |= {f"{part}/{loss}_loss" for part in ("train", "val") for loss in ("box", "cls", "dfl")}
         assert wanted | {"val/AP", "val/AP50", "val/APs", "val/AR100", "val/P", "val/R", "val/F1"} <= set(rows[0])
-        for name in ("labels.png", "results.png", "train_batch0.jpg", "train_batch2.jpg", "val_batch.jpg", "val.jpg"):
-            assert cv2.imread(str(folder / name)) is not None, name
 
 
 def test_at_most_twelve_lines_an_epoch_by_default(shapes: Path, tmp_path: Path):
