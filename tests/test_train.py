@@ -17,23 +17,7 @@ from tests.conftest import DETECT, launch, succeed
 from train.checkpoint import new_folder
 from train.coco import METRICS
 
-QUICK = [
-    "--imgsz",
-    "64",
-    "--epochs",
-    "2",
-    "--batch",
-    "8",
-    "--nbs",
-    "16",
-    "--warmup-epochs",
-    "1",
-    "--log-interval",
-    "1",
-    "--workers",
-    "1",
-    "--no-plots",
-]
+QUICK = "--imgsz 64 --epochs 2 --batch 8 --nbs 16 --warmup-epochs 1 --log-interval 1 --workers 1"
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +26,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, shapes: Path) -> dict[int, tu
     done = {}
     for ranks in (1, 2):
         folder = tmp_path_factory.mktemp(f"ranks{ranks}")
-        console = succeed(ranks, DETECT, "--data", shapes, *QUICK[:-1], cwd=folder)
+        console = succeed(ranks, DETECT, "--data", shapes, *QUICK.split(), cwd=folder)
         done[ranks] = (folder / "runs" / "detect" / "exp", console)
     return done
 
@@ -108,7 +92,7 @@ def test_unknown_flags_and_batches_that_do_not_divide(tmp_path: Path, shapes: Pa
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_loss_that_is_not_finite_names_the_images_and_saves_nothing(ranks: int, tmp_path: Path, shapes: Path):
     done = launch(
-        ranks, DETECT, "--data", shapes, *QUICK, "--optimizer", "SGD", "--lr0", 1e30, "--warmup-epochs", 0,
+        ranks, DETECT, "--data", shapes, *QUICK.split(), "--no-plots", "--optimizer", "SGD", "--lr0", 1e30, "--warmup-epochs", 0,
         "--trackers", "none", cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 1
@@ -118,7 +102,20 @@ def test_a_loss_that_is_not_finite_names_the_images_and_saves_nothing(ranks: int
 
 
 def test_a_killed_run_resumes_and_ends_with_the_weights_it_would_have_had(tmp_path: Path, shapes: Path):
-    recipe = ["--data", shapes, *QUICK, "--epochs", 4, "--optimizer", "AdamW", "--lr0", 0.001, "--trackers", "none"]
+    recipe = [
+        "--data",
+        shapes,
+        *QUICK.split(),
+        "--no-plots",
+        "--epochs",
+        4,
+        "--optimizer",
+        "AdamW",
+        "--lr0",
+        0.001,
+        "--trackers",
+        "none",
+    ]
     succeed(1, DETECT, *recipe, "--name", "whole", cwd=tmp_path)
     whole, killed = (tmp_path / "runs" / "detect" / name for name in ("whole", "killed"))
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
@@ -148,14 +145,29 @@ def test_a_killed_run_resumes_and_ends_with_the_weights_it_would_have_had(tmp_pa
 
 
 def test_patience(tmp_path: Path, shapes: Path):
-    options = ["--data", shapes, *QUICK, "--epochs", 9, "--patience", 2, "--lr0", 0, "--optimizer", "SGD"]
+    options = [
+        "--data",
+        shapes,
+        *QUICK.split(),
+        "--no-plots",
+        "--epochs",
+        9,
+        "--patience",
+        2,
+        "--lr0",
+        0,
+        "--optimizer",
+        "SGD",
+    ]
     console = succeed(1, DETECT, *options, "--warmup-bias-lr", 0, "--trackers", "none", cwd=tmp_path)
     assert "stopping: no better epoch than 1 for 2 epochs" in console
     assert len(rows(tmp_path / "runs" / "detect" / "exp")) == 3
 
 
 def test_time_is_kept_to(tmp_path: Path, shapes: Path):
-    console = succeed(2, DETECT, "--data", shapes, *QUICK, "--time", 1e-6, "--trackers", "none", cwd=tmp_path)
+    console = succeed(
+        2, DETECT, "--data", shapes, *QUICK.split(), "--no-plots", "--time", 1e-6, "--trackers", "none", cwd=tmp_path
+    )
     assert "stopping: another epoch would not end within 1e-06 hours (--time)" in console
     assert len(rows(tmp_path / "runs" / "detect" / "exp")) == 1
 
