@@ -18,6 +18,7 @@ from train.checkpoint import new_folder
 from train.coco import METRICS
 
 QUICK = "--imgsz 64 --epochs 2 --batch 8 --nbs 16 --warmup-epochs 1 --log-interval 1 --workers 1"
+BARE = [*QUICK.split(), "--no-plots"]
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +93,7 @@ def test_unknown_flags_and_batches_that_do_not_divide(tmp_path: Path, shapes: Pa
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_loss_that_is_not_finite_names_the_images_and_saves_nothing(ranks: int, tmp_path: Path, shapes: Path):
     done = launch(
-        ranks, DETECT, "--data", shapes, *QUICK.split(), "--no-plots", "--optimizer", "SGD", "--lr0", 1e30, "--warmup-epochs", 0,
+        ranks, DETECT, "--data", shapes, *BARE, "--optimizer", "SGD", "--lr0", 1e30, "--warmup-epochs", 0,
         "--trackers", "none", cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 1
@@ -165,9 +166,7 @@ def test_patience(tmp_path: Path, shapes: Path):
 
 
 def test_time_is_kept_to(tmp_path: Path, shapes: Path):
-    console = succeed(
-        2, DETECT, "--data", shapes, *QUICK.split(), "--no-plots", "--time", 1e-6, "--trackers", "none", cwd=tmp_path
-    )
+    console = succeed(2, DETECT, "--data", shapes, *BARE, "--time", 1e-6, "--trackers", "none", cwd=tmp_path)
     assert "stopping: another epoch would not end within 1e-06 hours (--time)" in console
     assert len(rows(tmp_path / "runs" / "detect" / "exp")) == 1
 
