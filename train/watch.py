@@ -99,13 +99,17 @@ class Watch:
                 self._hangs(now - self.last_progress)
             if self.store is not None and now - posted >= POSTED:
                 posted = now
-                self._post("place", "")
+                if self._post("place", ""):  # another rank's time is up
+                    self._hangs(now - self.last_progress)
 
-    def _post(self, kind: str, frame: str) -> None:
+    def _post(self, kind: str, frame: str) -> bool:
+        """Tell the other ranks where this one stands; whether one of them has sounded the alarm."""
         try:
             self.store.set(f"train/{kind}/{self.rank}", json.dumps([*self.place, frame, time.time()]))
+            return self.store.check(["train/alarm"])
         except RuntimeError:  # the ranks are ending
             self.store = None
+            return False
 
     def _hangs(self, seconds: float) -> None:
         """Write every thread's stack to this rank's log, say which ranks did not arrive, and end this process."""
@@ -115,6 +119,7 @@ class Watch:
             os._exit(1)
 
     def _tell(self, seconds: float) -> None:
+        """The stacks to the log, an alarm to the other ranks, and, from the first to notice, the verdict."""
         frames = sys._current_frames()[threading.main_thread().ident or 0]
         ours = [f for f in traceback.extract_stack(frames) if f"{os.sep}train{os.sep}" in f.filename]
         frame = (
@@ -125,6 +130,8 @@ class Watch:
         )
         log = log_stream()
         faulthandler.dump_traceback(file=log or sys.stderr, all_threads=True)
+        if self.store is not None:
+            self.store.set("train/alarm", "")
         is_first("failed")  # so that a rank that loses its connection when another ends does not say that it failed
         if self.store is not None:
             self._post("hang", frame)
