@@ -41,7 +41,7 @@ def test_losses_of_one_process_and_two_agree(runs, trained: Path):
     assert [row["global_step"] for row in rows(runs[1][0])] == [row["global_step"] for row in rows(runs[2][0])]
     home = trained.parent.parent.parent  # has the built-in shapes
     for ranks in (1, 2):
-        options = "--imgsz 160 --epochs 1 --batch 32 --trackers none --mixed-precision auto --no-plots --val-limit 9"
+        options = "--imgsz 96 --epochs 1 --batch 32 --fraction 256 --trackers none --no-plots --val-limit 9 --mosaic 0"
         succeed(ranks, DETECT, *options.split(), "--name", f"epoch{ranks}", cwd=home)
     (one,), (two,) = (rows(home / "runs" / "detect" / f"epoch{ranks}") for ranks in (1, 2))
     for name in ("train/box_loss", "train/cls_loss", "train/dfl_loss"):
@@ -73,10 +73,9 @@ def test_a_new_folder_for_each_run(tmp_path: Path):
     assert [new_folder(tmp_path / "runs", "a").name for _ in range(3)] == ["a", "a2", "a3"]
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_bad_input_is_one_message_and_nothing_is_written(ranks: int, tmp_path: Path, shapes: Path):
-    done = launch(ranks, DETECT, "--data", shapes, "--imgsz", 100, "--epochs", 1, cwd=tmp_path)
-    assert done.returncode == (2 if ranks == 1 else 1)  # the launcher has a code of its own
+def test_bad_input_is_one_message_and_nothing_is_written(tmp_path: Path, shapes: Path):
+    done = launch(2, DETECT, "--data", shapes, "--imgsz", 100, "--epochs", 1, cwd=tmp_path)
+    assert done.returncode == 1  # the launcher's own; one process ends with 2, see test_mistakes.py
     assert done.stderr.count("error: --imgsz is 100; it must be a multiple of the stride 32. The nearest is 96.") == 1
     assert 'detect.py", line' not in done.stderr  # no traceback of ours
     assert list(tmp_path.iterdir()) == []
@@ -90,10 +89,9 @@ def test_unknown_flags_and_batches_that_do_not_divide(tmp_path: Path, shapes: Pa
     assert "--batch is 9; it must be divisible by the 2 processes, as 8 is." in done.stderr
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_a_loss_that_is_not_finite_names_the_images_and_saves_nothing(ranks: int, tmp_path: Path, shapes: Path):
+def test_a_loss_that_is_not_finite_names_the_images_and_saves_nothing(tmp_path: Path, shapes: Path):
     done = launch(
-        ranks, DETECT, "--data", shapes, *BARE, "--optimizer", "SGD", "--lr0", 1e30, "--warmup-epochs", 0,
+        2, DETECT, "--data", shapes, *BARE, "--optimizer", "SGD", "--lr0", 1e30, "--warmup-epochs", 0,
         "--trackers", "none", cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 1

@@ -167,13 +167,6 @@ def without_network(shapes: Path, home: Path, **environment: str | None) -> tupl
     return launch(1, DETECT, "--data", shapes, *SHORT, cwd=home, **(base | environment)), home / RUN
 
 
-def test_no_key_is_an_offline_run_without_a_question_or_a_warning(shapes: Path, tmp_path: Path):
-    done, folder = without_network(shapes, tmp_path)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "warning" not in done.stdout + done.stderr
-    assert len(list((folder / "wandb").glob("offline-run-*"))) == 1
-
-
 def test_a_key_but_no_network_is_one_warning_within_a_second(shapes: Path, tmp_path: Path):
     done, folder = without_network(shapes, tmp_path, WANDB_API_KEY=KEY)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -219,9 +212,8 @@ def test_a_refused_run_is_kept_offline(shapes: Path, tmp_path: Path):
     assert len(list((folder / "wandb").glob("offline-run-*"))) == 1
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_a_tracker_that_fails_is_one_warning_and_the_training_goes_on(ranks: int, tmp_path: Path, shapes: Path):
-    done = launch(ranks, DETECT, "--data", shapes, *SHORT, cwd=tmp_path, WANDB_MODE="nonsense")
+def test_a_tracker_that_fails_is_one_warning_and_the_training_goes_on(tmp_path: Path, shapes: Path):
+    done = launch(2, DETECT, "--data", shapes, *SHORT, cwd=tmp_path, WANDB_MODE="nonsense")
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("warning: wandb did not start and stays off") == 1
     assert "results in" in done.stdout
@@ -236,8 +228,6 @@ def test_wandbs_environment_variables_work(shapes: Path, tmp_path: Path):
     record = read(run)["run"][0]
     assert (record.project, record.display_name, record.run_group, record.notes) == ("p", "n", "g", "so")
     assert (record.run_id, list(record.tags)) == ("given123", ["x", "y"])
-    console = succeed(1, DETECT, "--data", shapes, *SHORT, cwd=tmp_path, WANDB_MODE="disabled")
-    assert "wandb      disabled by WANDB_MODE" in console
 
 
 def test_a_folder_that_cannot_be_written_is_one_warning(shapes: Path, tmp_path: Path):
@@ -256,7 +246,7 @@ def test_a_killed_run_loses_at_most_five_seconds(shapes: Path, tmp_path: Path):
     for line in process.stdout:
         if found := re.match(r"epoch (\d+)/500  train", line):
             said.append((time.monotonic(), int(found[1])))
-            if said[-1][0] - said[0][0] > 12:
+            if said[-1][0] - said[0][0] > 8:
                 process.kill()
                 break
     process.wait()

@@ -49,6 +49,8 @@ class Tracking:
         self.accelerator, self.say = accelerator, say
         self.run: Any = None  # of W&B, on the main process
         self.shown = -math.inf  # the last epoch that tables, charts and pictures were sent after
+        # Else W&B reports to its makers at exit, offline runs included, and waits for a network that is not there.
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         self.warming = threading.Thread(target=_warm, daemon=True)
         if wandb and accelerator.is_main_process:
             self.warming.start()

@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 
 import train.data
-import train.watch
 
 kind, rank = sys.argv.pop(1), int(sys.argv.pop(1))
 detect = str(Path(__file__).resolve().parents[2] / "train" / "detect.py")
@@ -28,12 +27,11 @@ def faulty(self: train.data.TrainSet, keys: list[tuple[int, int]]) -> list[dict]
             raise ValueError("broken on purpose")
         if kind == "stop":
             os.kill(os.getpid(), signal.SIGSTOP)
-        if kind in ("hang", "wait"):
-            time.sleep(600 if kind == "hang" else 3)
+        if kind == "hang":
+            time.sleep(600)
     return load(self, keys)
 
 
 if int(os.environ.get("RANK", 0)) == rank:
     train.data.TrainSet.__getitems__ = faulty  # type: ignore[method-assign]
-train.watch.HEARTBEAT = 1.0
 runpy.run_path(detect, run_name="__main__")
