@@ -184,7 +184,7 @@ def draw_results(rows: list[dict[str, Any]], val: str, file: Path) -> None:
     figure, axes = plt.subplots(2, 4, figsize=(16, 7), tight_layout=True)
     for panel, (title, columns) in zip(axes.flat, panels, strict=True):
         for label, column in columns.items():
-            measured = [(row["epoch"], row[column]) for row in rows if row[column] is not None]
+            measured = [(row["epoch"], row[column]) for row in rows if row[column] not in (None, -1)]
             panel.plot(*zip(*measured, strict=True), marker=".", label=label) if measured else None
         panel.set_title(title)
         panel.set_xlabel("epoch")
