@@ -189,7 +189,7 @@ def draw_results(rows: list[dict[str, Any]], val: str, file: Path) -> None:
         panel.set_title(title)
         panel.set_xlabel("epoch")
         panel.grid(alpha=0.3)
-        if len(columns) > 1:
+        if len(columns) > 1 and panel.lines:
             panel.legend()
     figure.savefig(file, dpi=110)
     plt.close(figure)
