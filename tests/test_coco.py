@@ -10,10 +10,11 @@ import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from train.coco import _check_ids, _mean_losses, coco_metrics, diagnose, ground_truth, metric_names, read_predictions
+from train.coco import _check_ids, _mean_losses, coco_metrics, diagnose, metric_names
 from train.config import EvalConfig, InputError
 from train.labels import Labels
 from train.plots import worst_first
+from train.truth import ground_truth, read_predictions
 
 
 def scene(images: int, classes: int, seed: int = 0) -> tuple[dict, np.ndarray]:

@@ -14,12 +14,13 @@ from torchvision.ops import box_iou
 from ultralytics.models.yolo.detect import DetectionValidator
 
 from tests.conftest import ROOT, succeed
-from train.coco import METRICS, Evaluation, evaluate, read_truth
+from train.coco import METRICS, Evaluation, evaluate
 from train.config import ValConfig
 from train.data import ValSet, val_loader
 from train.labels import find_data
 from train.model import inference_copy, load_detector
 from train.processes import resolved
+from train.truth import read_truth
 
 RANKS = (1, 2, 3, 4)
 NAMES = "names: [circle, square, triangle]\n"

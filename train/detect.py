@@ -17,7 +17,7 @@ import numpy as np
 from torch import nn
 
 from train.checkpoint import TrainState, check_resume, new_folder
-from train.coco import Evaluation, evaluate, read_truth
+from train.coco import Evaluation, evaluate
 from train.config import InputError, TrainConfig
 from train.data import TrainSet, ValSet, train_loader, val_loader
 from train.engine import check_finite, train_one_epoch
@@ -37,6 +37,7 @@ from train.model import (
 from train.optim import Schedule, build_optimizer
 from train.processes import on_main, once_per_machine, resolved, run, start_processes, sync_from_main
 from train.report import Report
+from train.truth import read_truth
 
 
 def main(config: TrainConfig) -> None:

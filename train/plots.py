@@ -18,7 +18,9 @@ from train.coco import Evaluation
 from train.labels import Labels
 
 TILE = 320  # px, longer side of one image on the page
+SHOWN = 12  # images on a page
 CONFIDENCE = 0.25  # detections below it are not drawn
+Box = tuple[list[float], int, float | None]  # ltwh in pixels of the image, category id, score
 ERRORS = {
     "Cls": "class",
     "Loc": "location",
@@ -94,7 +96,7 @@ def worst_first(truth: dict[str, Any], diagnosis: dict[str, Any] | None) -> list
 
 
 def draw_page(
-    detections: np.ndarray, truth: dict[str, Any], images: list[tuple[dict, str]], file: Path, count: int = 12
+    detections: np.ndarray, truth: dict[str, Any], images: list[tuple[dict, str]], file: Path, count: int = SHOWN
 ) -> None:
     """A page of validation images: on the left of each pair the truth, on the right the detections.
 
@@ -113,10 +115,7 @@ def draw_page(
         picture = _picture(image["file_name"])
         if picture is None:
             continue
-        marks = [(a["bbox"], a["category_id"], "") for a in truth["annotations"] if a["image_id"] == image["id"]]
-        rows = detections[(detections[:, 0] == image["id"]) & (detections[:, 5] >= CONFIDENCE)]
-        found = [(row[1:5], int(row[6]), f" {row[5]:.2f}") for row in rows]
-        pair = np.hstack([_tile(picture, boxes, names, colour) for boxes in (marks, found)])
+        pair = np.hstack([_tile(picture, boxes, names, colour) for boxes in boxes_on(image, truth, detections)])
         text = f"{Path(image['file_name']).name}  {caption}"
         cv2.putText(pair, text, (6, TILE + 20), cv2.FONT_HERSHEY_SIMPLEX, 0.45, (0, 0, 0), 1, cv2.LINE_AA)
         pairs.append(pair)
@@ -127,11 +126,27 @@ def draw_page(
         cv2.imwrite(str(file), np.vstack([np.hstack(pairs[i : i + 3]) for i in range(0, len(pairs), 3)]))
 
 
-def _tile(picture: np.ndarray, marks: list[tuple[Any, int, str]], names: dict[int, str], colour: dict) -> np.ndarray:
+def same_images(truth: dict[str, Any]) -> list[dict[str, Any]]:
+    """COCO images evenly drawn from the split, SHOWN of them: the same ones every time."""
+    every = max(len(truth["images"]) // SHOWN, 1)
+    return truth["images"][::every][:SHOWN]
+
+
+def boxes_on(image: dict[str, Any], truth: dict[str, Any], detections: np.ndarray) -> tuple[list[Box], list[Box]]:
+    """The truth on a COCO image, without scores, and the detections from CONFIDENCE on."""
+    marks: list[Box] = [
+        (a["bbox"], a["category_id"], None) for a in truth["annotations"] if a["image_id"] == image["id"]
+    ]
+    rows = detections[(detections[:, 0] == image["id"]) & (detections[:, 5] >= CONFIDENCE)].tolist()
+    return marks, [(row[1:5], int(row[6]), row[5]) for row in rows]
+
+
+def _tile(picture: np.ndarray, marks: list[Box], names: dict[int, str], colour: dict) -> np.ndarray:
     """The image with its boxes (ltwh in its own pixels) on a white square of TILE px, with room for a line below."""
     scale = TILE / max(picture.shape[:2])
     annotator = Annotator(cv2.resize(picture, None, fx=scale, fy=scale), line_width=2, font_size=11, pil=True)
-    for (x, y, w, h), category, text in marks:
+    for (x, y, w, h), category, score in marks:
+        text = "" if score is None else f" {score:.2f}"
         box = np.array([x, y, x + w, y + h]) * scale
         annotator.box_label(box.tolist(), names[category] + text, color=colors(colour[category], bgr=True))
     drawn = annotator.result()

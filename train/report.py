@@ -22,12 +22,12 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from train.checkpoint import TrainState, whole_file
-from train.coco import METRICS, Evaluation, diagnose, metric_names
+from train.coco import COLUMNS, METRICS, Evaluation, diagnose, metric_names
 from train.config import EvalConfig, TrainConfig
 from train.data import TrainSet
 from train.labels import Labels
 from train.optim import Schedule
-from train.plots import draw_batch, draw_evaluation, draw_labels, draw_page, draw_results
+from train.plots import draw_batch, draw_evaluation, draw_labels, draw_page, draw_results, same_images
 from train.processes import on_main, processes
 from train.track import Tracking, versions
 from train.watch import Watch
@@ -135,18 +135,19 @@ class Report:
             logging.getLogger().addHandler(log)
         self.early.buffer.clear()
         self.handlers = [*logs]
-        if self.accelerator.is_main_process:
-            self._write("config.json", json.dumps(asdict(config) | {"versions": versions()}, indent=2))
+        self._write("config.json", json.dumps(asdict(config) | {"versions": versions()}, indent=2))
 
     def _write(self, name: str, text: str) -> None:
+        """A file of the run's folder, from the main process."""
+        if not self.accelerator.is_main_process:
+            return
         with whole_file(self.folder / name) as draft:
             draft.write_text(text, encoding="utf-8")
 
     def faults(self, faults: list[str]) -> None:
         """Say how many images are left out, and list them with the reasons in the run's folder."""
         if faults:
-            if self.accelerator.is_main_process:
-                self._write("faults.txt", "\n".join(faults) + "\n")
+            self._write("faults.txt", "\n".join(faults) + "\n")
             self.say(
                 f"warning: {len(faults)} images are left out; {self.folder / 'faults.txt'} says why. First: {faults[0]}"
             )
@@ -204,13 +205,13 @@ class Report:
     def start_trackers(self, config: TrainConfig, state: TrainState) -> None:
         """Start the trackers; the id of the W&B run goes into the run's folder and its checkpoints (collective)."""
         state.wandb_id = self.tracking.start(config, self.folder, state.wandb_id) or state.wandb_id
-        if state.wandb_id and self.accelerator.is_main_process:
+        if state.wandb_id:
             self._write("wandb_id.txt", state.wandb_id + "\n")
 
     def epoch_starts(self, epoch: int, epochs: int, steps: int) -> None:
         """Start the epoch's clock and, on a terminal, its progress bar."""
         self.started = time.perf_counter()
-        self.epoch_number, self.epochs, self.steps = epoch + 1, epochs, steps
+        self.epoch_number, self.steps = epoch + 1, steps
         self.where = f"epoch {epoch + 1}/{epochs}"
         self.whole: Window | None = None  # the epoch so far
         self.window: Window | None = None  # since the last line
@@ -329,8 +330,7 @@ class Report:
             if config.plots and (last or time.perf_counter() - self.drawn > DRAWN):
                 draw_results(self.rows, val, self.folder / "results.png")
                 if result:
-                    every = max(len(truth["images"]) // 12, 1)
-                    same = [(image, "") for image in truth["images"][::every]]
+                    same = [(image, "") for image in same_images(truth)]
                     draw_page(result.detections, truth, same, self.folder / "val_batch.jpg")
                 self.drawn = time.perf_counter()
             self.tracking.epoch(row, self.rows, _speed(self.whole), result, state, truth, config, self.folder, last)
@@ -427,12 +427,11 @@ def _table(evaluation: Evaluation, config: EvalConfig) -> list[str]:
     """The metrics of all classes and of each, and AP and AR by size, as console lines."""
     m = evaluation.metrics
     images = f"{evaluation.images} images" + (" (a subset)" if config.subset else "")
-    columns = ("images", "boxes", "P", "R", "F1", "AP50", "AP75", "AP")
     everything = m | {"images": evaluation.images, "boxes": evaluation.boxes}
-    lines = [f"{'class':20}" + "".join(f"{name:>8}" for name in columns)]
+    lines = [f"{'class':20}" + "".join(f"{name:>8}" for name in COLUMNS)]
     occurring = {name: values for name, values in evaluation.per_class.items() if values["boxes"]}
     for name, values in ({"all": everything} | occurring).items():
-        numbers = "".join(f"{values[c]:8d}" if c in columns[:2] else f"{values[c]:8.3f}" for c in columns)
+        numbers = "".join(f"{values[c]:8d}" if c in COLUMNS[:2] else f"{values[c]:8.3f}" for c in COLUMNS)
         lines.append(f"{name[:19]:20}{numbers}")
     if never := len(evaluation.per_class) - len(occurring):
         lines.append(f"{never} of {len(evaluation.per_class)} classes do not occur here and do not count")

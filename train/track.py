@@ -24,14 +24,13 @@ import numpy as np
 from accelerate import Accelerator
 
 from train.checkpoint import TrainState
-from train.coco import Evaluation, diagnose
+from train.coco import COLUMNS, Evaluation, diagnose
 from train.config import TrainConfig
-from train.plots import CONFIDENCE, small_picture
+from train.plots import CONFIDENCE, Box, boxes_on, same_images, small_picture
 from train.processes import on_main
 
 PACKAGES = ("torch", "torchvision", "accelerate", "ultralytics", "hotcoco", "pycocotools", "wandb", "numpy")
 PROJECT = "yolo-accelerate"
-PICTURES = 12  # validation images in the table, the same every time
 RICH = 25  # tables, charts and pictures come at most about so often in a run
 REACHED = 0.8  # seconds in which W&B's server must answer a connection, else the run is kept offline
 
@@ -302,9 +301,8 @@ def tables(result: Evaluation, truth: dict[str, Any], val: str) -> dict[str, Any
     """AP by class, precision-recall curves, the confusion matrix, and images with truth and detections as boxes."""
     import wandb
 
-    columns = ("images", "boxes", "P", "R", "F1", "AP50", "AP75", "AP")
-    by_class = [[name, *(values[c] for c in columns)] for name, values in result.per_class.items()]
-    shown: dict[str, Any] = {f"{val}/per_class": wandb.Table(columns=["class", *columns], data=by_class)}
+    by_class = [[name, *(values[c] for c in COLUMNS)] for name, values in result.per_class.items()]
+    shown: dict[str, Any] = {f"{val}/per_class": wandb.Table(columns=["class", *COLUMNS], data=by_class)}
     by_id = {category["id"]: category["name"] for category in truth["categories"]}
     names = [by_id[id_] for id_ in result.curves.category_ids]
     curves = [
@@ -328,12 +326,9 @@ def tables(result: Evaluation, truth: dict[str, Any], val: str) -> dict[str, Any
             {"Actual": "Actual", "Predicted": "Predicted", "nPredictions": "nPredictions"},
             {"title": f"Confusion at confidence {CONFIDENCE}"},
         )  # fmt: skip
-    every = max(len(truth["images"]) // PICTURES, 1)
     pictures = []
-    for image in truth["images"][::every][:PICTURES]:
-        marks = [(a["bbox"], a["category_id"], None) for a in truth["annotations"] if a["image_id"] == image["id"]]
-        rows = result.detections[(result.detections[:, 0] == image["id"]) & (result.detections[:, 5] >= CONFIDENCE)]
-        found = [(row[1:5].tolist(), int(row[6]), float(row[5])) for row in rows]
+    for image in same_images(truth):
+        marks, found = boxes_on(image, truth, result.detections)
         boxes = {
             kind: {"box_data": [_wandb_box(mark, image, by_id) for mark in some], "class_labels": by_id}
             for kind, some in (("truth", marks), ("detections", found))
@@ -347,7 +342,7 @@ def tables(result: Evaluation, truth: dict[str, Any], val: str) -> dict[str, Any
     return shown
 
 
-def _wandb_box(mark: tuple[list[float], int, float | None], image: dict, names: dict[int, str]) -> dict[str, Any]:
+def _wandb_box(mark: Box, image: dict, names: dict[int, str]) -> dict[str, Any]:
     """A box (ltwh in the image's pixels) as W&B has it: corners as shares of the image."""
     (x, y, w, h), category, score = mark
     across, down = image["width"], image["height"]

@@ -14,13 +14,14 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from train.checkpoint import new_folder
-from train.coco import evaluate, measure, read_annotations, read_predictions, read_truth
+from train.coco import evaluate, measure
 from train.config import InputError, ValConfig, parse
 from train.data import ValSet, val_loader
 from train.labels import check_usable, find_data
 from train.model import check_imgsz, fetch_weights, inference_copy, largest_stride, load_detector, set_end2end
 from train.processes import on_main, once_per_machine, resolved, run, start_processes
 from train.report import Report
+from train.truth import read_annotations, read_predictions, read_truth
 
 
 def main(config: ValConfig) -> None:
