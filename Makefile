@@ -7,12 +7,12 @@ ARGS ?=
 
 PY := .venv/bin/python
 # Runs a script on GPUS or CPUS processes: through accelerate launch, or as one plain process that gets the signals.
-LAUNCH = @exec $(PY) -m train.processes --gpus "$(GPUS)" --cpus "$(CPUS)" --
+LAUNCH = @exec $(PY) -m train.processes.launcher --gpus "$(GPUS)" --cpus "$(CPUS)" --
 # The recipe of a first run: a few minutes on two CPU cores. It applies only where ARGS names no data set.
 QUICK := --imgsz 160 --epochs 14 --batch 16 --nbs 16 --warmup-epochs 1 --mosaic 0
 LAST_WEIGHTS = $$(ls -t runs/detect/*/weights/best.pt 2>/dev/null | head -n 1)
 
-.PHONY: help train validate doctor test fuzz bench-eval bench-log check clean
+.PHONY: help train validate doctor test fuzz bench-eval bench-log hashes check clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -43,11 +43,14 @@ bench-eval: .venv/installed  ## measure evaluation against pycocotools and yolo 
 bench-log: .venv/installed  ## measure what logging costs within the steps
 	@exec $(PY) -m tests.bench.logs $(ARGS)
 
-check: .venv/installed-dev  ## format and lint (ruff), types (mypy)
-	@$(PY) -m ruff format --check . && $(PY) -m ruff check . && $(PY) -m mypy
+check: .venv/installed-dev  ## format and lint (ruff), types (mypy), which way imports run (import-linter)
+	@$(PY) -m ruff format --check . && $(PY) -m ruff check . && $(PY) -m mypy && .venv/bin/lint-imports
+
+hashes: .venv/installed-dev  ## hashes of five trainings, to be compared with another commit's: ARGS="--data coco128.yaml"
+	@exec $(PY) -m tests.hashes $(ARGS)
 
 clean:  ## remove .venv and caches; keeps datasets/ and runs/
-	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/installed: pyproject.toml

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from train.shapes import draw_shapes
+from train.data.shapes import draw_shapes
 
 ROOT = Path(__file__).resolve().parent.parent
 DETECT = ROOT / "train" / "detect.py"

@@ -9,9 +9,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from train.config import InputError
-from train.labels import _read_image, find_data
-from train.shapes import draw_shapes
+from train.config.errors import InputError
+from train.data.files import find_data
+from train.data.formats import read_image
+from train.data.shapes import draw_shapes
 
 LABELS = [b"0 0.5 0.5 0.2 0.2\n1 0.1 0.2 0.1 0.1\n", b"0 0.1 0.1 0.2 0.1 0.2 0.2\n", b"", b"\xef\xbb\xbf2 0.5 0.5 1 1"]
 YAMLS = [
@@ -48,7 +49,7 @@ def main(seconds: float, seed: int) -> None:
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             label.write_bytes(damage(rng.choice(LABELS), rng))
-            refused += isinstance(_read_image(str(image), str(label), 0, 3), str)
+            refused += isinstance(read_image(str(image), str(label), 0, 3), str)
             data.write_bytes(damage(rng.choice(YAMLS), rng))
             try:
                 find_data(str(data)).images("train")

@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from tests.conftest import DETECT, ROOT, VALIDATE, launch
-from train.config import TrainConfig
-from train.model import as_checkpoint, build_model
+from train.config.options import TrainConfig
+from train.model.build import build_model
+from train.model.weights import as_checkpoint
 
 NAMES = "names: [circle, square, triangle]\n"
 

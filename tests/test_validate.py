@@ -12,8 +12,8 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from tests.conftest import DETECT, VALIDATE, launch, succeed
-from train.coco import METRICS
-from train.model import load_detector
+from train.evaluation.coco import METRICS
+from train.model.weights import load_detector
 
 
 @pytest.fixture(scope="module")

@@ -9,35 +9,36 @@
 `--help` lists the options. A run leaves its weights, results.csv, metrics and logs in runs/detect/exp, exp2, …
 """
 
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import nn
 
-from train.checkpoint import TrainState, check_resume, new_folder
-from train.coco import Evaluation, evaluate
-from train.config import InputError, TrainConfig
-from train.data import TrainSet, ValSet, train_loader, val_loader
-from train.engine import check_finite, train_one_epoch
-from train.labels import check_usable, find_data, scan
-from train.model import (
-    ModelEMA,
-    build_model,
-    check_imgsz,
-    end_of_epoch,
-    fetch_weights,
-    inference_copy,
-    largest_stride,
-    load_detector,
-    set_class_weights,
-    use_global_loss,
-)
-from train.optim import Schedule, build_optimizer
-from train.processes import on_main, once_per_machine, resolved, run, start_processes, sync_from_main
-from train.report import Report
-from train.truth import read_truth
+from train.config.errors import InputError
+from train.config.options import TrainConfig
+from train.data.files import find_data
+from train.data.loaders import train_loader, val_loader
+from train.data.scan import check_usable, scan
+from train.data.sets import TrainSet, ValSet
+from train.evaluation.evaluate import Evaluation, evaluate
+from train.evaluation.truth import read_truth
+from train.model.build import ModelEMA, build_model, check_imgsz, largest_stride, set_class_weights
+from train.model.inference import inference_copy
+from train.model.loss import end_of_epoch, use_global_loss
+from train.model.weights import fetch_weights, load_detector
+from train.processes.accelerator import resolved, start_processes
+from train.processes.collectives import on_main, once_per_machine, sync_from_main
+from train.processes.files import new_folder
+from train.processes.script import run
+from train.reporting.training_report import TrainingReport
+from train.training.engine import check_finite, train_one_epoch
+from train.training.meter import Meter
+from train.training.optim import Schedule, build_optimizer
+from train.training.state import TrainState, check_resume
 
 
 def main(config: TrainConfig) -> None:
@@ -46,7 +47,7 @@ def main(config: TrainConfig) -> None:
     check_resume(config)
     accelerator, precision = start_processes(config.mixed_precision, config.used_trackers, config.seed)
     given, config = config, resolved(config, accelerator)
-    report = Report(accelerator, config)
+    report = TrainingReport(accelerator, config)
     ranks = accelerator.num_processes
     if config.batch % ranks:
         nearest = max(round(config.batch / ranks), 1) * ranks
@@ -76,15 +77,16 @@ def main(config: TrainConfig) -> None:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if not config.local_loss_norm:
         use_global_loss(model, lambda value: accelerator.reduce(value, "sum"), ranks)
+
+    # What Accelerate prepares, and the state that a killed run goes on from.
     detector = model  # without the wrapping that prepare() adds
     train_set = TrainSet(train_labels, data.names, data.channels, config, stride)
     val_set = ValSet(val_labels, data.names, data.channels, config.imgsz, stride, config.rect is not False)
     schedule = Schedule(config, images=len(train_set), classes=len(data.names))
-    optimizer = build_optimizer(model, schedule)
-    model, optimizer = accelerator.prepare(model, optimizer)
+    model, optimizer = accelerator.prepare(model, build_optimizer(model, schedule))
     train_batches, positions = train_loader(train_set, schedule.batches, accelerator)
     val_batches = val_loader(val_set, config, accelerator)
-    state = TrainState(detector, ema, optimizer, accelerator.scaler, report.rows)
+    state = TrainState(detector, model, ema, optimizer, accelerator.scaler)
     if config.resume:
         state.load(Path(config.resume) / "weights" / "state.pt")
         origin = f"{config.model}, resumed after epoch {state.epoch + 1}"
@@ -92,19 +94,22 @@ def main(config: TrainConfig) -> None:
     # Nothing is written before here, where nothing can be wrong with the input any more.
     folder = on_main(accelerator, lambda: new_folder(Path(config.project), config.name, config.resume))
     report.open(folder, given)
-    weights = report.folder / "weights"
+    weights = folder / "weights"
     weights.mkdir(exist_ok=True)
     report.faults(train_faults + val_faults)
-    report.banner(config, precision, origin, data.name, schedule, train_set, val_labels)
+    report.banner(precision, origin, data.name, schedule, train_set, val_labels)
     report.start_trackers(config, state)
 
     # What validation depends on is kept in the checkpoints, so that validate.py repeats it: the YAML's whole path, too.
     config = replace(config, data=data.name, mixed_precision=config.val_precision or config.mixed_precision)
+    meter = Meter(accelerator, detector)
     best: Evaluation | None = None
     for epoch in range(state.epoch + 1, config.epochs):
         positions.epoch = epoch
-        report.epoch_starts(epoch, config.epochs, len(schedule.step_ends(epoch)))
-        train_one_epoch(epoch, model, ema, optimizer, train_batches, schedule, accelerator, report)
+        report.epoch_starts(epoch, schedule)
+        batches = served(meter.timed(train_batches), epoch, report)
+        for progress in train_one_epoch(state, batches, schedule, accelerator, meter, report.watch):
+            report.measured(progress)
         report.trained()
         end_of_epoch(detector)
 
@@ -117,11 +122,11 @@ def main(config: TrainConfig) -> None:
         if ends or (epoch + 1) % config.val_interval == 0:
             evaluated = inference_copy(ema.ema, accelerator.device, config.memory_format, losses=True)
             result = evaluate(evaluated, report.watched(val_batches, "validating"), truth, config, accelerator)
-            state.last_ap = result.metrics["AP"]
-            if result.fitness > state.best_fitness:
-                best, state.best_epoch = result, epoch
-                state.best_fitness, state.best_ap = result.fitness, result.metrics["AP"]
-        report.epoch(optimizer, result, state, truth, config, last=ends)
+            state.note(result)
+            if state.best_epoch == epoch:
+                best = result
+        # Your own code for an epoch goes here. `result.metrics` and `result.detections` are those of all ranks.
+        report.epoch(state, result, truth, last=ends)
         on_main(accelerator, partial(state.save, config, result, weights))
         if no_time_left:
             report.say(f"stopping: another epoch would not end within {config.time:g} hours (--time)")
@@ -138,8 +143,17 @@ def main(config: TrainConfig) -> None:
         best = evaluate(evaluated, report.watched(val_batches, "validating"), truth, config, accelerator)
     report.say(f"best.pt, epoch {state.best_epoch + 1}:")
     report.evaluation(best, truth, config)
-    report.say(f"results in {report.folder}")
-    report.close(state)
+    report.say(f"results in {folder}")
+    report.finish(state)
+
+
+def served(batches: Iterable[dict[str, Any]], epoch: int, report: TrainingReport) -> Iterator[dict[str, Any]]:
+    """This rank's batches of an epoch on their way to the forward; `train_loader` says what is in a batch."""
+    for i, batch in enumerate(batches):
+        # Your own code for a batch goes here. It runs on every rank, each with its share of the global batch.
+        if epoch == 0 and i < 3:
+            report.training_batch(i, batch)
+        yield batch
 
 
 if __name__ == "__main__":

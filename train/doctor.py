@@ -9,6 +9,7 @@ where something is wrong.
 
 import os
 import platform
+import resource
 import shutil
 import socket
 import subprocess
@@ -24,8 +25,9 @@ import torch
 import tyro
 from torch import distributed
 
-from train.config import InputError, Precision
-from train.processes import device_type, local_processes, pick_precision
+from train.config.errors import InputError
+from train.config.options import Precision
+from train.processes.devices import device_type, local_processes, pick_precision
 
 PACKAGES = ("torch", "torchvision", "accelerate", "ultralytics", "hotcoco", "pycocotools", "wandb")
 BATCH_BYTES = 16 * 3 * 640 * 640  # of uint8 images, of which a worker holds three batches in shared memory
@@ -69,12 +71,7 @@ def facts(options: Options) -> Facts:
     seen["threads"] = torch.get_num_threads()
     seen["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "not set")
     seen["shared memory"] = shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else None
-    try:
-        import resource
-
-        seen["open files"] = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    except ImportError:  # Windows
-        seen["open files"] = None
+    seen["open files"] = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     try:
         precision, reason = pick_precision(options.mixed_precision, kind)
         seen |= {"precision": f"{precision} ({reason})", "precision fault": ""}
@@ -146,7 +143,7 @@ def findings(ranks: list[Facts], options: Options) -> list[str]:
                 f"{wanted} ranks of {first['threads']} threads leave most of the {first['cores']} cores of {host} idle "
                 f"(launchers set one thread). Set OMP_NUM_THREADS={first['cores'] // wanted}."
             )
-        if first["open files"] is not None and 0 <= first["open files"] < 1024:
+        if 0 <= first["open files"] < 1024:
             found.append(f"{host} allows {first['open files']} open files, too few for workers: ulimit -n 4096.")
     for fault in dict.fromkeys(seen["precision fault"] for seen in ranks if seen["precision fault"]):
         found.append(fault)

@@ -9,19 +9,31 @@ Prints COCO's twelve numbers and a table by class, the same for any number of pr
 predictions.json, ground_truth.json and pictures into --save-dir.
 """
 
+import dataclasses
+import os
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 
-from train.checkpoint import new_folder
-from train.coco import evaluate, measure
-from train.config import InputError, ValConfig, parse
-from train.data import ValSet, val_loader
-from train.labels import check_usable, find_data
-from train.model import check_imgsz, fetch_weights, inference_copy, largest_stride, load_detector, set_end2end
-from train.processes import on_main, once_per_machine, resolved, run, start_processes
-from train.report import Report
-from train.truth import read_annotations, read_predictions, read_truth
+from train.config.errors import InputError
+from train.config.options import Logging, ValConfig
+from train.config.reading import parse, typed
+from train.data.files import find_data
+from train.data.loaders import val_loader
+from train.data.scan import check_usable
+from train.data.sets import ValSet
+from train.evaluation.evaluate import evaluate, measure
+from train.evaluation.truth import read_annotations, read_predictions, read_truth
+from train.model.build import check_imgsz, largest_stride, set_end2end
+from train.model.inference import inference_copy
+from train.model.weights import fetch_weights, load_detector, trained_with
+from train.processes.accelerator import resolved, start_processes
+from train.processes.collectives import on_main, once_per_machine
+from train.processes.devices import device_type
+from train.processes.files import new_folder
+from train.processes.script import run
+from train.reporting.report import Report
 
 
 def main(config: ValConfig) -> None:
@@ -36,7 +48,7 @@ def main(config: ValConfig) -> None:
     here = Path(config.weights).expanduser().is_file()
     weights = once_per_machine(accelerator, lambda: fetch_weights(config.weights))
     if not here:  # it has just been downloaded, and may say what it was trained with
-        config = resolved(parse(ValConfig, __doc__ or "")[0], accelerator)
+        config = resolved(parse(ValConfig, __doc__ or "", kept=validated_with)[0], accelerator)
     model, _ = load_detector(weights, config.trust_checkpoint)
     stride = largest_stride(model)
     check_imgsz(config.imgsz, stride)
@@ -70,6 +82,30 @@ def main(config: ValConfig) -> None:
     report.close()
 
 
+def validated_with(config: ValConfig, given: frozenset[str]) -> dict[str, Any]:
+    """Options that the checkpoint was validated with and that do not belong to that run or its machine alone.
+
+    Args:
+        config: names the checkpoint; where it is not there yet, it says nothing.
+        given: names of the options that the user gave.
+    """
+    weights = os.path.expanduser(config.weights)
+    if not weights.endswith(".pt") or not Path(weights).is_file():
+        return {}
+    known = {field.name for field in dataclasses.fields(ValConfig)}
+    # A subset is an economy of training; the rest belongs to the machine.
+    own = {"weights", "val_fraction", "val_limit", "workers", "trust_checkpoint", "coco_eval", "plots"}
+    own |= {field.name for field in dataclasses.fields(Logging)}
+    trained = trained_with(weights, config.trust_checkpoint)
+    kept = typed(ValConfig, {key: value for key, value in trained.items() if key in known - own}, weights)
+    if {"data", "split"} & given:
+        kept.pop("annotations", None)  # of that data and split
+    told = os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no"  # the launcher was
+    if told or (kept.get("mixed_precision") == "fp16" and device_type() == "cpu"):  # which has no fp16
+        kept.pop("mixed_precision", None)
+    return kept
+
+
 def measure_file(config: ValConfig, accelerator: Accelerator, report: Report) -> None:
     """Measure detections that are already there; no model is needed."""
     if config.data:
@@ -87,4 +123,4 @@ def measure_file(config: ValConfig, accelerator: Accelerator, report: Report) ->
 
 
 if __name__ == "__main__":
-    run(main, ValConfig, __doc__)
+    run(main, ValConfig, __doc__, kept=validated_with)

@@ -80,7 +80,8 @@ class Memory:
 
 def job_metric(evaluator: str) -> dict[str, Any]:
     """From per-rank arrays to twelve numbers."""
-    from train.coco import _as_rows, coco_metrics
+    from train.evaluation.coco import coco_metrics
+    from train.evaluation.evaluate import _as_rows
 
     truth, shards = scene()
     categories = np.arange(CLASSES, dtype=np.float64)
@@ -95,8 +96,10 @@ def job_gather() -> dict[str, Any] | None:
     """Gather and metric on two processes."""
     import torch
 
-    from train.coco import _as_rows, coco_metrics
-    from train.processes import on_main, start_processes
+    from train.evaluation.coco import coco_metrics
+    from train.evaluation.evaluate import _as_rows
+    from train.processes.accelerator import start_processes
+    from train.processes.collectives import on_main
 
     accelerator, _ = start_processes("no", [])
     truth, shards = scene()
@@ -165,8 +168,9 @@ def _launch(ranks: int, command: list[str]) -> str:
 def repeated(data: str, images: int, folder: Path) -> str:
     """A data YAML over links to the train images of `data`, repeated under other names until there are so many."""
     import yaml
+    from ultralytics.data.utils import img2label_paths
 
-    from train.labels import find_data, img2label_paths
+    from train.data.files import find_data
 
     found = find_data(data)
     files = found.images("train")

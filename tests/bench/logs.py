@@ -11,7 +11,7 @@ import runpy
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,10 @@ QUICK = "--imgsz 320 --epochs 4 --batch 16 --nbs 16 --mixed-precision auto --val
 
 def measure(arguments: list[str]) -> None:
     """One rank: train with every call of the logging timed."""
-    from train import engine, report, watch
+    from train.processes.watch import Watch
+    from train.reporting.training_report import TrainingReport
+    from train.training import engine
+    from train.training.meter import ForwardClock, Meter
 
     spent, epochs = {"logging": 0.0}, []
     inside = False
@@ -45,18 +48,17 @@ def measure(arguments: list[str]) -> None:
         setattr(owner, name, wrapper)
 
     for name in ("add", "step", "gather"):
-        timed(engine.Meter, name)
-    for name in ("step_done", "measured"):
-        timed(report.Report, name)
+        timed(Meter, name)
+    timed(TrainingReport, "measured")
     for name in ("_starts", "_ends"):
-        timed(engine.ForwardClock, name)
-    timed(watch.Watch, "at")
+        timed(ForwardClock, name)
+    timed(Watch, "at")
     original = engine.train_one_epoch
 
-    def epoch(*args: Any, **kwargs: Any) -> None:
+    def epoch(state: Any, *args: Any) -> Iterator[Any]:
         before, started = spent["logging"], time.perf_counter()
-        original(*args, **kwargs)
-        if args[0] > 0:  # the first warms up
+        yield from original(state, *args)
+        if state.epoch >= 0:  # the first epoch warms up
             epochs.append((spent["logging"] - before, time.perf_counter() - started))
 
     engine.train_one_epoch = epoch

@@ -13,13 +13,15 @@ import torch
 from accelerate.utils import gather_object
 from ultralytics.cfg import get_cfg
 
-from train.coco import evaluate
-from train.config import ValConfig
-from train.data import ValSet, val_loader
-from train.labels import find_data
-from train.model import inference_copy, load_detector
-from train.processes import resolved, start_processes
-from train.truth import read_truth
+from train.config.options import ValConfig
+from train.data.files import find_data
+from train.data.loaders import val_loader
+from train.data.sets import ValSet
+from train.evaluation.evaluate import evaluate
+from train.evaluation.truth import read_truth
+from train.model.inference import inference_copy
+from train.model.weights import load_detector
+from train.processes.accelerator import resolved, start_processes
 
 weights, cases, folder = sys.argv[1], json.loads(Path(sys.argv[2]).read_text()), Path(sys.argv[3])
 accelerator, _ = start_processes("no", [])

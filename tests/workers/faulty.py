@@ -7,16 +7,16 @@ import sys
 import time
 from pathlib import Path
 
-import train.data
+import train.data.sets
 
 kind, rank = sys.argv.pop(1), int(sys.argv.pop(1))
 detect = str(Path(__file__).resolve().parents[2] / "train" / "detect.py")
 sys.argv[0] = detect
 batches = 0
-load = train.data.TrainSet.__getitems__
+load = train.data.sets.TrainSet.__getitems__
 
 
-def faulty(self: train.data.TrainSet, keys: list[tuple[int, int]]) -> list[dict]:
+def faulty(self: train.data.sets.TrainSet, keys: list[tuple[int, int]]) -> list[dict]:
     """Load a batch; the third goes wrong. With --workers 0 this runs in the rank itself."""
     global batches
     batches += 1
@@ -33,5 +33,5 @@ def faulty(self: train.data.TrainSet, keys: list[tuple[int, int]]) -> list[dict]
 
 
 if int(os.environ.get("RANK", 0)) == rank:
-    train.data.TrainSet.__getitems__ = faulty  # type: ignore[method-assign]
+    train.data.sets.TrainSet.__getitems__ = faulty  # type: ignore[method-assign]
 runpy.run_path(detect, run_name="__main__")

@@ -6,20 +6,26 @@ usage: parity.py DATA.yaml OUT [--local | --ddp]; --ddp is plain DDP over Ultral
 import hashlib
 import json
 import sys
-from dataclasses import replace
+from functools import reduce
+from operator import add
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from train.config import TrainConfig
-from train.data import TrainSet, train_loader
-from train.engine import train_one_epoch
-from train.labels import find_data, scan
-from train.model import ModelEMA, build_model, use_global_loss
-from train.optim import Schedule, build_optimizer
-from train.processes import start_processes
-from train.report import Report
+from train.config.options import TrainConfig
+from train.data.files import find_data
+from train.data.loaders import train_loader
+from train.data.scan import scan
+from train.data.sets import TrainSet
+from train.model.build import ModelEMA, build_model
+from train.model.loss import use_global_loss
+from train.processes.accelerator import start_processes
+from train.processes.watch import Watch
+from train.training.engine import train_one_epoch
+from train.training.meter import Meter
+from train.training.optim import Schedule, build_optimizer
+from train.training.state import TrainState
 
 data_yaml, out, mode = sys.argv[1], Path(sys.argv[2]), sys.argv[3] if len(sys.argv) > 3 else ""
 LOCAL = mode in ("--local", "--ddp")
@@ -53,7 +59,8 @@ def main() -> None:
     optimizer = build_optimizer(model, schedule)
     model, optimizer = accelerator.prepare(model, optimizer)
     loader, positions = train_loader(TrainSet(labels, data.names, 3, config), schedule.batches, accelerator)
-    report = Report(accelerator, replace(config, plots=False))
+    state = TrainState(detector, model, ema, optimizer, None)
+    meter, watch = Meter(accelerator, detector), Watch(accelerator.process_index, accelerator.num_processes, 0, print)
 
     seen: list[list[str]] = []  # digests of this rank's images, by batch
 
@@ -76,9 +83,11 @@ def main() -> None:
     else:
         for epoch in range(1 if LOCAL else 2):
             positions.epoch = epoch
-            report.epoch_starts(epoch, 2, len(schedule.step_ends(epoch)))
-            train_one_epoch(epoch, model, ema, optimizer, loader, schedule, accelerator, report)
-            losses = report.whole.means()
+            batches = meter.timed(loader)
+            steps = list(train_one_epoch(state, batches, schedule, accelerator, meter, watch))
+            losses = reduce(add, (step.window for step in steps if step.window is not None)).means()
+            state.epoch = epoch
+    watch.close()
     handle.remove()
     rank = accelerator.process_index
     out.mkdir(exist_ok=True)

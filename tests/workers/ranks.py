@@ -6,8 +6,11 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
-from train.config import InputError, TrainConfig
-from train.processes import on_main, run, start_processes
+from train.config.errors import InputError
+from train.config.options import TrainConfig
+from train.processes.accelerator import start_processes
+from train.processes.collectives import on_main
+from train.processes.script import run
 
 task = sys.argv.pop() if len(sys.argv) > 1 else ""
 

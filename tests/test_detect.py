@@ -1,0 +1,174 @@
+"""Whole runs, as people start them."""
+
+import csv
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import cv2
+import pytest
+import torch
+
+from tests.conftest import DETECT, launch, succeed
+from train.evaluation.coco import METRICS
+from train.processes.files import new_folder
+
+QUICK = "--imgsz 64 --epochs 2 --batch 8 --nbs 16 --warmup-epochs 1 --log-interval 1 --workers 1"
+BARE = [*QUICK.split(), "--no-plots"]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, shapes: Path) -> dict[int, tuple[Path, str]]:
+    """The same training on one process and on two: (run folder, console), by number of processes."""
+    done = {}
+    for ranks in (1, 2):
+        folder = tmp_path_factory.mktemp(f"ranks{ranks}")
+        console = succeed(ranks, DETECT, "--data", shapes, *QUICK.split(), cwd=folder)
+        done[ranks] = (folder / "runs" / "detect" / "exp", console)
+    return done
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    with open(folder / "results.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_losses_of_one_process_and_two_agree(runs, trained: Path):
+    assert [row["global_step"] for row in rows(runs[1][0])] == [row["global_step"] for row in rows(runs[2][0])]
+    home = trained.parent.parent.parent  # has the built-in shapes
+    for ranks in (1, 2):
+        options = "--imgsz 96 --epochs 1 --batch 32 --fraction 256 --trackers none --no-plots --val-limit 9 --mosaic 0"
+        succeed(ranks, DETECT, *options.split(), "--name", f"epoch{ranks}", cwd=home)
+    (one,), (two,) = (rows(home / "runs" / "detect" / f"epoch{ranks}") for ranks in (1, 2))
+    for name in ("train/box_loss", "train/cls_loss", "train/dfl_loss"):
+        # not the same: BatchNorm sees sixteen images instead of thirty-two
+        assert float(two[name]) == pytest.approx(float(one[name]), rel=0.05)
+
+
+def test_the_pictures_of_a_training(runs):
+    for folder, _ in runs.values():
+        for name in ("labels.png", "results.png", "train_batch0.jpg", "train_batch2.jpg", "val_batch.jpg", "val.jpg"):
+            assert cv2.imread(str(folder / name)) is not None, name
+
+
+def test_files_of_a_run(runs):
+    for folder, _ in runs.values():
+        config = json.loads((folder / "config.json").read_text())
+        assert config["imgsz"] == 64
+        assert sorted(file.name for file in (folder / "weights").iterdir()) == ["best.pt", "last.pt", "state.pt"]
+        metrics = json.loads((folder / "metrics.json").read_text())
+        assert set(metrics) == {*METRICS, "P", "R", "F1", "per_class", "images", "boxes", "tide"}
+        assert metrics["images"] == 21
+        best = max(rows(folder), key=lambda row: 0.1 * float(row["val/AP50"]) + 0.9 * float(row["val/AP"]))
+        assert metrics["AP"] == float(best["val/AP"])
+        assert len(json.loads((folder / "ground_truth.json").read_text())["images"]) == 21
+        assert [path.name for path in folder.rglob(".*")] == []  # no half-written file
+
+
+def test_a_new_folder_for_each_run(tmp_path: Path):
+    assert [new_folder(tmp_path / "runs", "a").name for _ in range(3)] == ["a", "a2", "a3"]
+
+
+def test_bad_input_is_one_message_and_nothing_is_written(tmp_path: Path, shapes: Path):
+    done = launch(2, DETECT, "--data", shapes, "--imgsz", 100, "--epochs", 1, cwd=tmp_path)
+    assert done.returncode == 1  # the launcher's own; one process ends with 2, see test_mistakes.py
+    assert done.stderr.count("error: --imgsz is 100; it must be a multiple of the stride 32. The nearest is 96.") == 1
+    assert 'detect.py", line' not in done.stderr  # no traceback of ours
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unknown_flags_and_batches_that_do_not_divide(tmp_path: Path, shapes: Path):
+    done = launch(1, DETECT, "--epoch", 3, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "--epochs" in done.stderr  # the nearest known one
+    done = launch(2, DETECT, "--data", shapes, "--batch", 9, cwd=tmp_path)
+    assert "--batch is 9; it must be divisible by the 2 processes, as 8 is." in done.stderr
+
+
+def test_a_loss_that_is_not_finite_names_the_images_and_saves_nothing(tmp_path: Path, shapes: Path):
+    done = launch(
+        2, DETECT, "--data", shapes, *BARE, "--optimizer", "SGD", "--lr0", 1e30, "--warmup-epochs", 0,
+        "--trackers", "none", cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr.count("error: The loss is no longer a finite number") == 1
+    assert re.search(r"images/train/\d{6}\.jpg", done.stderr)
+    assert list((tmp_path / "runs" / "detect" / "exp" / "weights").iterdir()) == []
+
+
+def test_a_killed_run_resumes_and_ends_with_the_weights_it_would_have_had(tmp_path: Path, shapes: Path):
+    recipe = [
+        "--data",
+        shapes,
+        *QUICK.split(),
+        "--no-plots",
+        "--epochs",
+        4,
+        "--optimizer",
+        "AdamW",
+        "--lr0",
+        0.001,
+        "--trackers",
+        "none",
+    ]
+    succeed(1, DETECT, *recipe, "--name", "whole", cwd=tmp_path)
+    whole, killed = (tmp_path / "runs" / "detect" / name for name in ("whole", "killed"))
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, str(DETECT), *map(str, recipe), "--name", "killed"], cwd=tmp_path, env=environment
+    )
+    try:
+        while not (killed / "weights" / "state.pt").exists():
+            assert process.poll() is None
+            time.sleep(0.02)
+    finally:
+        process.kill()
+        process.wait()
+    finished = torch.load(killed / "weights" / "state.pt", weights_only=True)["epoch"]
+    assert 0 <= finished < 3
+    console = succeed(1, DETECT, "--resume", killed, cwd=tmp_path)
+    assert f"resumed after epoch {finished + 1}" in console
+    a, b = (torch.load(run / "weights" / "state.pt", weights_only=True) for run in (whole, killed))
+    for part in ("model", "ema"):
+        assert all(torch.equal(a[part][key], b[part][key]) for key in a[part])
+    assert a["updates"] == b["updates"]
+    assert [row["train/box_loss"] for row in rows(whole)] == [row["train/box_loss"] for row in rows(killed)]
+    assert (whole / "metrics.json").read_bytes() == (killed / "metrics.json").read_bytes()
+
+
+def test_time_is_kept_to(tmp_path: Path, shapes: Path):
+    console = succeed(2, DETECT, "--data", shapes, *BARE, "--time", 1e-6, "--trackers", "none", cwd=tmp_path)
+    assert "stopping: another epoch would not end within 1e-06 hours (--time)" in console
+    assert len(rows(tmp_path / "runs" / "detect" / "exp")) == 1
+
+
+ULTRALYTICS = """
+import sys
+sys.modules["train"] = None  # importing it fails
+import numpy
+from ultralytics import YOLO
+best, data, image = sys.argv[1:]
+model = YOLO(best)
+assert len(model.predict(image, imgsz=160, conf=0.05, verbose=False)[0].boxes)
+print("map50", model.val(data=data, imgsz=160, plots=False, verbose=False, workers=0).box.map50)
+exported = YOLO(model.export(format="torchscript", imgsz=160), task="detect")
+assert len(exported.predict(image, imgsz=160, conf=0.05, verbose=False)[0].boxes)
+"""
+
+
+def test_ultralytics_loads_predicts_validates_and_exports_best(trained: Path, tmp_path: Path):
+    data = trained.parent.parent.parent / "datasets" / "shapes" / "shapes.yaml"
+    image = next(data.parent.glob("images/val/*.jpg"))
+    done = subprocess.run(
+        [sys.executable, "-c", ULTRALYTICS, str(trained / "weights" / "best.pt"), str(data), str(image)],
+        cwd=tmp_path, capture_output=True, text=True, timeout=300,
+        env=os.environ | {"ULTRALYTICS_SAFE_LOAD": "1", "YOLO_CONFIG_DIR": str(tmp_path), "YOLO_AUTOINSTALL": "0"},
+    )  # fmt: skip
+    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+    theirs = float(re.search(r"map50 (\S+)", done.stdout)[1])
+    ours = json.loads((trained / "metrics.json").read_text())["AP50"]
+    assert theirs == pytest.approx(ours, abs=0.03)  # their AP interpolates otherwise

@@ -1,0 +1,65 @@
+"""Loaders: the batches of the data sets, dealt to the ranks whole."""
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch.utils.data import DataLoader
+
+from train.config.options import EvalConfig
+from train.data.sets import Images, TrainSet, ValSet
+from train.processes.devices import local_processes
+
+
+class Positions:
+    """Batch sampler: hands out positions of the current epoch, a per-device batch at a time.
+
+    Accelerate deals batch i to rank i % N, so that the ranks' shares of global batch k are neighbours and together the
+    positions k·batch to (k+1)·batch. It has no `batch_size` on purpose: Accelerate drops batches of another size.
+    """
+
+    def __init__(self, batches: int, batch: int, ranks: int):
+        self.batches, self.batch, self.ranks, self.epoch = batches, batch, ranks, 0
+
+    def __len__(self) -> int:
+        return self.batches * self.ranks
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        share = self.batch // self.ranks
+        for start in range(0, self.batches * self.batch, share):
+            yield [(self.epoch, position) for position in range(start, start + share)]
+
+
+def _loader(dataset: Images, batch_sampler: Any, config: EvalConfig, accelerator: Accelerator) -> DataLoader:
+    workers = min(config.workers, (os.cpu_count() or 1) // local_processes())
+    loader: DataLoader = DataLoader(
+        dataset,
+        batch_sampler=batch_sampler,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=accelerator.device.type == "cuda",
+        collate_fn=dataset.collate_fn,
+    )
+    return accelerator.prepare(loader)
+
+
+def train_loader(dataset: TrainSet, batches: int, accelerator: Accelerator) -> tuple[DataLoader, Positions]:
+    """This rank's training batches, and the sampler whose `epoch` is to be set before each epoch.
+
+    A batch is a dict: `img` uint8 (n, 3, imgsz, imgsz) RGB, `cls` (m, 1), `bboxes` (m, 4) xywh normalised, `batch_idx`
+    (m,) the image of each box, `im_file` the paths.
+    """
+    positions = Positions(batches, dataset.config.batch, accelerator.num_processes)
+    return _loader(dataset, positions, dataset.config, accelerator), positions
+
+
+def val_loader(dataset: ValSet, config: EvalConfig, accelerator: Accelerator) -> DataLoader:
+    """This rank's validation batches: whole batches, none padded, none twice; ranks may hold different numbers."""
+    return _loader(dataset, dataset.batches(config.val_batch), config, accelerator)
+
+
+def as_images(batch: torch.Tensor, memory_format: torch.memory_format) -> torch.Tensor:
+    """Images as the model takes them: uint8 0 to 255 to float32 0 to 1, in the model's memory order."""
+    return (batch.float() / 255).contiguous(memory_format=memory_format)

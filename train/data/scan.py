@@ -1,0 +1,91 @@
+"""The labels of a split, read by all ranks together, and what is left out of it."""
+
+import hashlib
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+
+import numpy as np
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from ultralytics.data.utils import img2label_paths
+
+from train.config.errors import InputError
+from train.config.options import EvalConfig
+from train.data.formats import Labels, read_image
+
+
+def scan(
+    files: list[str],
+    names: dict[int, str],
+    config: EvalConfig,
+    accelerator: Accelerator,
+    chosen: Sequence[int] | None = None,
+) -> tuple[list[Labels], list[str]]:
+    """Read all labels of a split, or of the chosen images in it, each rank a share of them (collective).
+
+    Returns the usable images in the order of `files`, and one sentence for each that is left out. Nothing is written
+    to the data folder.
+    """
+    chosen = range(len(files)) if chosen is None else chosen
+    classes = sys.maxsize if config.single_cls else len(names)
+    share = chosen[accelerator.process_index :: accelerator.num_processes]
+    if len(set(gather_object([hash_of(files)]))) > 1:
+        raise InputError(f"The machines do not see the same files: here {len(files)} images, first {files[0]}.")
+    label_files, ids = img2label_paths(files), image_ids(files)
+    with ThreadPool(min(8, os.cpu_count() or 1)) as pool:
+        mine = pool.map(lambda i: (i, read_image(files[i], label_files[i], ids[i], classes)), share)
+    found = [
+        entry for _, entry in sorted((pair for part in gather_object([mine]) for pair in part), key=lambda p: p[0])
+    ]
+    usable = [_chosen(entry, config) for entry in found if isinstance(entry, Labels)]
+    return usable, [entry for entry in found if isinstance(entry, str)]
+
+
+def subset(images: int, fraction: float, limit: int | None) -> Sequence[int]:
+    """Indices of a share of the images, or at most so many, evenly drawn from all."""
+    wanted = min(max(1, round(images * fraction)), limit or images)
+    return range(images) if wanted == images else [i * images // wanted for i in range(wanted)]
+
+
+def _chosen(entry: Labels, config: EvalConfig) -> Labels:
+    """The labels of the chosen classes, as one class where that is asked for."""
+    if config.classes is not None:
+        keep = np.isin(entry.cls, config.classes)
+        segments = [segment for segment, kept in zip(entry.segments, keep, strict=False) if kept]
+        entry = replace(entry, cls=entry.cls[keep], boxes=entry.boxes[keep], segments=segments)
+    return replace(entry, cls=np.zeros_like(entry.cls)) if config.single_cls else entry
+
+
+def check_usable(
+    name: str, train: list[Labels] | None, val: list[Labels], faults: list[str], strict: bool = False
+) -> None:
+    """Raise InputError where nothing is left to train on or to validate on, or, if strict, where a file is faulty."""
+    if strict and faults:
+        raise InputError("--strict, and these files are faulty:\n" + "\n".join(faults))
+    reason = f" First of {len(faults)} faults: {faults[0]}" if faults else ""
+    if train is not None and not any(len(entry.cls) for entry in train):
+        raise InputError(f"{name}: no train image has a usable label.{reason}")
+    if not val:
+        raise InputError(f"{name}: no image to validate on can be used.{reason}")
+
+
+def image_ids(files: list[str]) -> list[int]:
+    """COCO image ids: the integer file stems where all stems of the split are distinct integers, else the positions.
+
+    A stem that a float64 cannot hold exactly is no integer here: detections travel as rows of float64.
+    """
+    stems = [Path(file).stem for file in files]
+    if all(stem.isdecimal() and stem.isascii() for stem in stems):
+        ids = [int(stem) for stem in stems]
+        if len(set(ids)) == len(ids) and max(ids) < 2**53:
+            return ids
+    return list(range(len(files)))
+
+
+def hash_of(files: list[str]) -> str:
+    """A digest of the files' names."""
+    return hashlib.sha256("\n".join(files).encode(errors="surrogateescape")).hexdigest()

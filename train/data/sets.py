@@ -1,0 +1,207 @@
+"""Data sets: in which order images are served, and how they are augmented.
+
+Training order is a pure function: which image stands at position p of epoch e, and how it is augmented down to the
+pixels, follow from (seed, epoch, p) alone. Validation batches follow from the data set, imgsz and the batch alone.
+Neither knows the number of processes or workers, so both are the same for any.
+"""
+
+import math
+import os
+import random
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from ultralytics.cfg import get_cfg
+from ultralytics.data.augment import Albumentations, Compose, v8_transforms
+from ultralytics.data.dataset import YOLODataset
+
+from train.config.options import Augmentation, TrainConfig
+from train.data.formats import Labels
+
+GROUP = 16  # positions whose images are each other's mosaic partners
+
+
+class Images(YOLODataset):
+    """Ultralytics' data set over labels that are already read: it globs nothing, caches nothing, writes nothing."""
+
+    def __init__(self, labels: list[Labels], names: dict[int, str], channels: int, **options: Any):
+        self.scanned = labels
+        data = {"names": names, "channels": channels}
+        super().__init__([], data=data, task="detect", augment=False, **options)
+        # Ultralytics reads, rewrites and removes .npy files beside the images; these cannot exist.
+        self.npy_files = [Path(os.devnull) / "none"] * len(self.im_files)
+
+    def get_img_files(self, img_path: Any) -> list[str]:
+        """Paths of the images whose labels are known."""
+        return [entry.im_file for entry in self.scanned]
+
+    def get_labels(self) -> list[dict]:
+        """The labels in Ultralytics' form."""
+        return [
+            {
+                "im_file": entry.im_file,
+                "shape": entry.shape,
+                "cls": entry.cls.astype(np.float32).reshape(-1, 1),
+                "bboxes": entry.boxes.astype(np.float32),
+                "segments": [segment.astype(np.float32) for segment in entry.segments],
+                "keypoints": None,
+                "normalized": True,
+                "bbox_format": "xywh",
+            }
+            for entry in self.scanned
+        ]
+
+
+class _Partners:
+    """What Ultralytics' mixing transforms take for the data set: the images they may draw partners from.
+
+    They draw with `random.randint(0, len(dataset) - 1)`; here that is an index into the sample's group.
+    """
+
+    cache = "ram"  # tells Mosaic to draw from all of the data set, not from a buffer of what was loaded lately
+
+    def __init__(self, dataset: "TrainSet"):
+        self.dataset, self.data, self.indices = dataset, dataset.data, [0]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def get_image_and_label(self, i: int) -> dict[str, Any]:
+        return self.dataset.get_image_and_label(self.indices[i])
+
+
+class TrainSet(Images):
+    """Augmented training images by (epoch, position); see the module's first lines."""
+
+    def __init__(
+        self, labels: list[Labels], names: dict[int, str], channels: int, config: TrainConfig, stride: int = 32
+    ):
+        if config.rect:
+            config = replace(config, mosaic=0.0, mixup=0.0, cutmix=0.0)
+        self.config, self._stride = config, stride
+        self._ratios = np.array([entry.shape[0] / entry.shape[1] for entry in labels])  # height / width
+        self._decoded: dict[int, tuple] = {}
+        self._order: tuple[int, np.ndarray] = (-1, np.zeros(0, int))
+        super().__init__(labels, names, channels, imgsz=config.imgsz, hyp=augmentation(config))
+
+    def build_transforms(self, hyp: Any) -> Compose:
+        """Ultralytics' training transforms for the open epochs; also sets the ones for the last, closed epochs."""
+        self.partners = _Partners(self)
+        closed = replace(self.config, mosaic=0.0, mixup=0.0, cutmix=0.0, copy_paste=0.0)
+        self.closed_transforms = self._transforms(augmentation(closed))
+        transforms = self._transforms(hyp)
+        steps = (*transforms.transforms, *self.closed_transforms.transforms)
+        self.albumentations = any(isinstance(step, Albumentations) and step.transform is not None for step in steps)
+        return transforms
+
+    def _transforms(self, hyp: Any) -> Compose:
+        transforms = v8_transforms(self.partners, self.imgsz, hyp)
+        transforms.append(
+            self.format_class(bbox_format="xywh", normalize=True, return_mask=False, batch_idx=True, bgr=hyp.bgr)
+        )
+        return transforms
+
+    def order(self, epoch: int) -> np.ndarray:
+        """Image index by position. A set smaller than the batch is repeated until it fills one."""
+        if self._order[0] != epoch:
+            rng, batch = np.random.default_rng([self.config.seed, epoch]), self.config.batch
+            order = np.concatenate([rng.permutation(len(self)) for _ in range(math.ceil(batch / len(self)))])
+            order = order[: max(batch, len(self))]
+            if self.config.rect:  # batches of neighbours by aspect ratio, in another order each epoch
+                order = order[np.argsort(self._ratios[order], kind="stable")]
+                batches = len(order) // batch
+                first = int(rng.integers(len(order) - batches * batch + 1))  # the remainder that is dropped varies
+                order = rng.permutation(order[first : first + batches * batch].reshape(batches, batch)).ravel()
+            self._order = epoch, order
+        return self._order[1]
+
+    def _rect_shape(self, epoch: int, position: int) -> np.ndarray:
+        """(height, width) of the batch that a position belongs to: Ultralytics' rule over the batch's aspect ratios."""
+        start = position // self.config.batch * self.config.batch
+        ratios = self._ratios[self.order(epoch)[start : start + self.config.batch]]
+        low, high = ratios.min(), ratios.max()
+        shape = (high, 1.0) if high < 1 else (1.0, 1 / low) if low > 1 else (1.0, 1.0)
+        return np.ceil(np.array(shape) * self.config.imgsz / self._stride).astype(int) * self._stride
+
+    def group(self, epoch: int, position: int) -> np.ndarray:
+        """Images of the aligned group of 16 positions; the last group reaches back so that it is full too."""
+        order = self.order(epoch)
+        start = max(min(position // GROUP * GROUP, len(order) - GROUP), 0)
+        return order[start : start + GROUP]
+
+    def load_image(self, i: int, *args: Any, **kwargs: Any) -> tuple:
+        """Decode each image once for a batch. The copy is for transforms that write into the image."""
+        if i not in self._decoded:
+            self._decoded[i] = super().load_image(i, *args, **kwargs)
+        image, *shapes = self._decoded[i]
+        return (image.copy(), *shapes)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:  # type: ignore[override]
+        """The sample at (epoch, position)."""
+        epoch, position = key
+        # Ultralytics' transforms draw from the global generators of random and numpy.
+        seed = int(np.random.SeedSequence([self.config.seed, epoch, position]).generate_state(1)[0])
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.default_generator.manual_seed(seed)  # Ultralytics seeds Albumentations from torch's initial seed
+        self.partners.indices = self.group(epoch, position).tolist()
+        index = int(self.order(epoch)[position])
+        closed = epoch >= self.config.epochs - self.config.close_mosaic
+        transforms = self.closed_transforms if closed else self.transforms
+        label = self.get_image_and_label(index)
+        if self.config.rect:
+            label["rect_shape"] = self._rect_shape(epoch, position)
+        sample = transforms(label)
+        return {key: sample[key] for key in ("im_file", "img", "cls", "bboxes", "batch_idx")}
+
+    def __getitems__(self, keys: list[tuple[int, int]]) -> list[dict[str, Any]]:
+        """The samples of one batch."""
+        self._decoded.clear()
+        return [self[key] for key in keys]
+
+
+class ValSet(Images):
+    """Validation images, each letterboxed to the shape that Ultralytics gives it at batch 1, or to a square.
+
+    Ultralytics sets the padded shape for a block of images of similar aspect ratio, so it moves with the batch size.
+    With blocks of one image it depends on that image and imgsz alone.
+    """
+
+    def __init__(
+        self, labels: list[Labels], names: dict[int, str], channels: int, imgsz: int, stride: int, rect: bool = True
+    ):
+        by_file = {entry.im_file: entry.image_id for entry in labels}
+        super().__init__(
+            labels, names, channels, imgsz=imgsz, hyp=get_cfg(), rect=rect, batch_size=1, stride=stride, pad=0.5
+        )
+        self.ids = [by_file[file] for file in self.im_files]  # Ultralytics sorts by aspect ratio where rect
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """The letterboxed image with its labels, its id, original shape, and the (gain, padding) that scaled it."""
+        sample = super().__getitem__(index)
+        names = ("im_file", "img", "cls", "bboxes", "batch_idx", "ori_shape", "ratio_pad")
+        return {name: sample[name] for name in names} | {"id": self.ids[index]}
+
+    def batches(self, batch: int) -> list[list[int]]:
+        """Batches of images of one shape, most pixels first: dealt to the ranks in turn, the shares come out even."""
+        by_shape = defaultdict(list)
+        for index in sorted(range(len(self)), key=lambda i: self.ids[i]):
+            shape = self.batch_shapes[index] if self.rect else (self.imgsz, self.imgsz)
+            by_shape[tuple(int(side) for side in shape)].append(index)
+        chunks = [(h * w, part) for (h, w), all_ in by_shape.items() for part in _chunks(all_, batch)]
+        return [part for _, part in sorted(chunks, key=lambda chunk: (-chunk[0] * len(chunk[1]), chunk[1]))]
+
+
+def _chunks(items: list, size: int) -> Iterator[list]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
+def augmentation(config: TrainConfig) -> Any:
+    """Ultralytics' hyperparameter namespace with this run's augmentation."""
+    return get_cfg(overrides={field.name: getattr(config, field.name) for field in fields(Augmentation)})

@@ -1,0 +1,171 @@
+"""COCO's metric: the twelve numbers, the curves behind them, and what goes wrong.
+
+Detections are float64 rows (image id, x, y, width, height, score, category id): x, y is the top left corner, in pixels
+of the original image.
+"""
+
+import contextlib
+import io
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+# COCOeval.stats in its order
+METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+AT_BEST = ("P", "R", "F1")  # at the confidence with the highest mean F1
+COLUMNS = ("images", "boxes", *AT_BEST, "AP50", "AP75", "AP")  # of the table by class
+CHUNK = 256  # images that are matched at a time
+
+
+@dataclass
+class Curves:
+    """What lies behind the numbers, by category in the order of `category_ids` and, at IoU 0.50, by confidence.
+
+    They are read off COCO's own precision-recall curve, whose recalls are 0.01 apart and whose precision does not rise
+    with recall. -1 stands for a category without truth.
+    """
+
+    category_ids: list[int]
+    ap: dict[str, np.ndarray]  # AP50, AP75, AP: (categories,)
+    pr: np.ndarray  # (categories, 101) precision at recall 0, 0.01, …, 1
+    p: np.ndarray  # (categories, 1000) precision, and so on, at confidence 0 to 1
+    r: np.ndarray
+    f1: np.ndarray
+
+    @property
+    def best(self) -> int:
+        """Index of the confidence with the highest mean F1."""
+        measured = self.f1[self.f1[:, 0] >= 0]
+        return int(measured.mean(0).argmax()) if len(measured) else 0
+
+
+def metric_names(max_dets: tuple[int, int, int]) -> tuple[str, ...]:
+    """COCO's twelve names, the AR named after the detections per image, and P, R and F1."""
+    return (*METRICS[:6], *(f"AR{count}" for count in max_dets), *METRICS[9:], *AT_BEST)
+
+
+def coco_metrics(
+    truth: dict[str, Any],
+    detections: np.ndarray,
+    evaluator: str = "hotcoco",
+    max_dets: tuple[int, int, int] = (1, 10, 100),
+) -> tuple[dict[str, float], Curves]:
+    """COCO's twelve numbers, with P, R and F1 at the confidence of the highest mean F1, and the curves behind them.
+
+    Args:
+        truth: a COCO annotation dict.
+        detections: (n, 7) float64 rows by image id, see the module's first lines.
+        evaluator: `hotcoco`, or `pycocotools` through that package alone; the numbers are the same, bit for bit.
+        max_dets: detections per image that AR is measured at; AP is measured at the last.
+    """
+    with contextlib.redirect_stdout(io.StringIO()):  # both print their table; the caller decides what is shown
+        result = (_hotcoco if evaluator == "hotcoco" else _pycocotools)(truth, detections, list(max_dets))
+        result.accumulate()
+        result.summarize()
+    precision, scores = (result.eval[name][:, :, :, 0, -1] for name in ("precision", "scores"))  # (IoUs, recalls, K)
+    metrics = dict(zip(metric_names(max_dets), map(float, result.stats), strict=False))
+    metrics["AP"] = _mean(precision)  # pycocotools' own is fixed to 100 detections; with 100 it is this
+    categories = range(precision.shape[2])
+    ap = {
+        "AP50": np.array([_mean(precision[0, :, k]) for k in categories]),
+        "AP75": np.array([_mean(precision[5, :, k]) for k in categories]),
+        "AP": np.array([_mean(precision[:, :, k]) for k in categories]),
+    }
+    curves = Curves(sorted(c["id"] for c in truth["categories"]), ap, *_by_confidence(precision[0], scores[0]))
+    for name, values in zip(AT_BEST, (curves.p, curves.r, curves.f1), strict=True):
+        metrics[name] = _mean(values[:, curves.best])
+    return metrics, curves
+
+
+def _hotcoco(truth: dict[str, Any], detections: np.ndarray, max_dets: list[int]) -> Any:
+    """hotcoco's evaluator after matching. Matched in chunks of images it needs half the memory, for the same bits."""
+    import hotcoco
+
+    params = hotcoco.Params("bbox")
+    params.maxDets = max_dets
+    stream = hotcoco.StreamingEval(truth["categories"], "bbox", params=params)
+    annotations = defaultdict(list)
+    for annotation in truth["annotations"]:
+        annotations[annotation["image_id"]].append(annotation)
+    images = sorted(truth["images"], key=lambda image: image["id"])
+    for start in range(0, len(images), CHUNK):
+        chunk = images[start : start + CHUNK]
+        first, last = np.searchsorted(detections[:, 0], (chunk[0]["id"], chunk[-1]["id"] + 1))
+        stream.update(chunk, [a for image in chunk for a in annotations[image["id"]]], detections[first:last])
+    return stream.finalize()
+
+
+def _pycocotools(truth: dict[str, Any], detections: np.ndarray, max_dets: list[int]) -> Any:
+    """pycocotools' evaluator after matching."""
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    coco = COCO()
+    # its index and results write into the annotations
+    coco.dataset = truth | {"annotations": [dict(annotation) for annotation in truth["annotations"]]}
+    coco.createIndex()
+    if len(detections):
+        found = coco.loadRes(detections)
+    else:  # loadRes fails on none at all
+        found = COCO()
+        found.dataset = truth | {"annotations": []}
+        found.createIndex()
+    result = COCOeval(coco, found, "bbox")
+    result.params.maxDets = max_dets
+    result.evaluate()
+    return result
+
+
+def _mean(values: np.ndarray) -> float:
+    """COCO's mean: -1 entries have no ground truth; -1 where there is no other."""
+    measured = values[values > -1]
+    return float(measured.mean()) if len(measured) else -1.0
+
+
+def _by_confidence(precision: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Precision by recall (categories, 101), and precision, recall and F1 by confidence (categories, 1000).
+
+    Args:
+        precision: (101, categories) at one IoU; 0 where the recall is not reached, -1 without truth.
+        scores: (101, categories) confidence at that recall; falls with recall.
+    """
+    confidence = np.linspace(0, 1, 1000)
+    p, r, f1 = (np.full((precision.shape[1], len(confidence)), -1.0) for _ in range(3))
+    for k in range(precision.shape[1]):
+        if precision[0, k] < 0:
+            continue
+        reached = int((precision[:, k] > 0).sum())
+        # how many recalls are reached with at least that confidence
+        last = np.searchsorted(-scores[:reached, k], -confidence, side="right") - 1
+        p[k] = np.where(last < 0, float(reached > 0), precision[last, k])
+        r[k] = np.where(last < 0, 0.0, last / (len(precision) - 1))
+        f1[k] = 2 * p[k] * r[k] / np.maximum(p[k] + r[k], 1e-16)
+    return precision.T, p, r, f1
+
+
+def diagnose(truth: dict[str, Any], detections: np.ndarray, confidence: float = 0.25) -> dict[str, Any] | None:
+    """What goes wrong, from hotcoco, on the detections from that confidence on; None where hotcoco is not installed.
+
+    Returns:
+        `confusion`: (K+1, K+1) counts, rows truth, columns detections, the last for background, in the order of the
+        category ids; `tide`: AP50 lost by kind of error, over all detections; `images`: true and false positives,
+        misses and F1 by image id.
+    """
+    try:
+        import hotcoco
+    except ImportError:
+        return None
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco = hotcoco.COCO(truth)
+        everything = hotcoco.COCOeval(coco, coco.loadRes(detections), "bbox")
+        everything.evaluate()
+        tide = everything.tide_errors()["delta_ap"]
+        sure = hotcoco.COCOeval(coco, coco.loadRes(detections[detections[:, 5] >= confidence]), "bbox")
+        sure.evaluate()
+        return {
+            "confusion": sure.confusion_matrix()["matrix"],
+            "tide": {kind: tide[kind] for kind in ("Cls", "Loc", "Both", "Dupe", "Bkg", "Miss")},
+            "images": sure.image_diagnostics()["img_summary"],
+        }

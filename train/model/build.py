@@ -1,0 +1,121 @@
+"""The model to train: built for the classes of a data set, with what is frozen, and what its image sizes must fit."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from ultralytics.cfg import get_cfg
+from ultralytics.nn.tasks import DetectionModel, yaml_model_load
+from ultralytics.utils.torch_utils import ModelEMA as ModelEMA  # for the scripts
+
+from train.config.errors import InputError
+from train.config.options import TrainConfig
+from train.model.weights import load_detector
+
+
+def build_model(config: TrainConfig, source: str, names: dict[int, str], channels: int) -> tuple[DetectionModel, str]:
+    """The model to train, on the CPU, and a sentence on where its weights come from.
+
+    Args:
+        config: gives the loss gains, which Ultralytics keeps with the model.
+        source: path that `fetch_weights` returned.
+        names: class names of the data set by class index.
+        channels: image channels.
+    """
+    weights = None
+    yaml: dict | str = source
+    if source.endswith(".pt"):
+        weights, _ = load_detector(source, config.trust_checkpoint)
+        yaml = dict(weights.yaml)
+        own = weights.yaml.get("channels", 3)
+        if own != channels:
+            raise InputError(f"{config.model} takes images of {own} channels, the data set has {channels}.")
+    else:
+        head = str(yaml_model_load(source)["head"][-1][2])
+        if head not in ("Detect", "v10Detect"):
+            raise InputError(
+                f"--model {config.model} ends in a {head} head; these scripts are for YOLO detection models."
+            )
+    model = DetectionModel(yaml, ch=channels, nc=len(names), verbose=False)
+    model.names = names  # before load(), so that the head's rows are matched by class name
+    origin = f"{Path(config.model).name} from scratch"
+    if weights is not None:
+        before = {key: value.clone() for key, value in model.state_dict().items()}
+        given = weights.state_dict()
+        model.load(weights, verbose=False)
+        after = model.state_dict()
+        taken = sum(
+            (key in given and torch.equal(given[key], value)) or not torch.equal(before[key], value)
+            for key, value in after.items()
+            if before[key].shape == value.shape or (key in given and given[key].shape == value.shape)
+        )
+        origin = f"{taken} of {len(after)} tensors from {config.model}"
+    if config.end2end is not None:
+        set_end2end(model, config.end2end, config.model)
+    model.args = get_cfg(overrides={"box": config.box, "cls": config.cls, "dfl": config.dfl, "epochs": config.epochs})
+    frozen = _frozen_layers(model, config.freeze)
+    for name, parameter in model.named_parameters():  # the DFL's weights are the integers it sums over
+        parameter.requires_grad = ".dfl" not in name and not name.startswith(frozen)
+    return model, origin
+
+
+def set_end2end(model: DetectionModel, end2end: bool, source: str) -> None:
+    """Choose the head that validation uses: one-to-one without NMS, or one-to-many with NMS."""
+    head = model.model[-1]
+    if end2end and getattr(head, "one2one_cv2", None) is None:
+        raise InputError(f"--end2end was given, but {source} has no one-to-one head (v10 and 26 have one).")
+    if not end2end and head.cv2 is None:
+        raise InputError(f"--no-end2end was given, but {source} has lost its one-to-many head; it was fused.")
+    head.end2end = end2end
+
+
+def _frozen_layers(model: DetectionModel, freeze: int | tuple[int | str, ...] | None) -> tuple[str, ...]:
+    """Prefixes of the parameters that are not trained: of the first N layers, or of layers by index or name."""
+    layers = len(model.model)
+    wanted = () if freeze is None else tuple(range(freeze)) if isinstance(freeze, int) else freeze
+    prefixes = tuple(f"model.{layer}." for layer in wanted)
+    modules = [f"{name}." for name, _ in model.named_modules()]
+    unknown = [prefix for prefix in prefixes if not any(module.startswith(prefix) for module in modules)]
+    if unknown or (isinstance(freeze, int) and not 0 <= freeze < layers):
+        value = freeze if isinstance(freeze, int) else " ".join(map(str, wanted))
+        raise InputError(
+            f"--freeze is {value}; this model has the layers 0 to {layers - 1}, and at least one must train."
+        )
+    if prefixes and all(name.startswith(prefixes) for name, _ in model.named_parameters() if ".dfl" not in name):
+        raise InputError("--freeze leaves no layer to train.")
+    return prefixes
+
+
+def frozen_norms(model: nn.Module) -> list[nn.Module]:
+    """BatchNorms of frozen layers; like Ultralytics, training keeps their statistics too."""
+    norms = (module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm))
+    return [norm for norm in norms if norm.weight is not None and not norm.weight.requires_grad]
+
+
+def set_class_weights(model: DetectionModel, counts: np.ndarray, power: float) -> None:
+    """Weigh classes by frequency to minus `power`, mean 1; a class without labels gets the mean, as in Ultralytics.
+
+    Args:
+        model: keeps the weights for its loss.
+        counts: (classes,) labels of each class.
+        power: 0 for no weights.
+    """
+    if not power or not counts.any():
+        return
+    weights = (1.0 / np.where(counts > 0, counts, 1.0)) ** power
+    weights = np.where(counts > 0, weights, weights[counts > 0].mean())
+    model.class_weights = torch.from_numpy((weights / weights.mean()).astype(np.float32))
+
+
+def largest_stride(model: DetectionModel) -> int:
+    """What image sides must be a multiple of."""
+    return max(int(model.stride.max()), 32)
+
+
+def check_imgsz(imgsz: int, stride: int) -> None:
+    """Raise InputError where the image size does not fit the stride, and say the nearest that does."""
+    if imgsz % stride:
+        low = imgsz // stride * stride
+        nearest = low if low and imgsz - low < low + stride - imgsz else low + stride
+        raise InputError(f"--imgsz is {imgsz}; it must be a multiple of the stride {stride}. The nearest is {nearest}.")

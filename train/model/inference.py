@@ -1,0 +1,76 @@
+"""A model as it is evaluated: a fused copy, its detections decoded and suppressed in fp32, its validation losses."""
+
+from copy import deepcopy
+from typing import Any
+
+import torch
+import torchvision  # noqa: F401  # imported first: Ultralytics' NMS uses it only if it is already there
+from torch import Tensor
+from ultralytics.nn.tasks import DetectionModel
+from ultralytics.utils.loss import E2ELoss
+from ultralytics.utils.nms import non_max_suppression
+
+
+def inference_copy(
+    model: DetectionModel, device: torch.device, memory_format: torch.memory_format, losses: bool = False
+) -> DetectionModel:
+    """A copy for evaluation: fp32, convolution and BatchNorm fused, raw head outputs (see `detect`).
+
+    With `losses` it has a criterion, and keeps both branches of an end-to-end head: see `validation_losses`.
+    """
+    # Contiguous first: fusing sums in memory order, and a checkpoint's weights come back contiguous.
+    model = deepcopy(model).float().eval().to(device).to(memory_format=torch.contiguous_format)
+    head = model.model[-1]
+    if losses:
+        head.fuse = lambda: None  # would remove a branch
+    model.fuse(verbose=False)
+    vars(head).pop("fuse", None)
+    head.training = True  # the head's own flag alone: raw outputs; its layers stay in eval mode
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    model = model.to(memory_format=memory_format)
+    criterion = model.init_criterion() if losses else None
+    model.criterion = criterion.one2one if isinstance(criterion, E2ELoss) else criterion
+    return model
+
+
+def validation_losses(raw: dict[str, Any], model: DetectionModel, batch: dict[str, Any]) -> Tensor:
+    """Mean losses of a batch (3,), in fp32, by `model.criterion.loss_names`; of an end-to-end head those of the
+    one-to-one branch, as Ultralytics logs them.
+
+    Args:
+        raw: output of an `inference_copy` with losses.
+        model: the same `inference_copy`.
+        batch: with `cls` (m, 1), `bboxes` (m, 4) xywh normalised to the padded image, `batch_idx` (m,).
+    """
+    _, items = model.criterion.loss(_fp32(raw.get("one2one", raw)), batch)
+    return torch.stack(list(items.values()))
+
+
+def _fp32(raw: dict[str, Any]) -> dict[str, Any]:
+    return {"boxes": raw["boxes"].float(), "scores": raw["scores"].float(), "feats": [x.float() for x in raw["feats"]]}
+
+
+def detect(raw: dict[str, Any], model: DetectionModel, conf: float, iou: float, max_det: int) -> list[Tensor]:
+    """Decode and suppress in fp32, whatever precision the forward had.
+
+    bf16 has eight bits of mantissa: box edges decoded in it would jump in steps of 2 px at 300 px.
+
+    Args:
+        raw: output of an `inference_copy`.
+        model: the same `inference_copy`.
+
+    Returns:
+        one (n, 6) fp32 tensor per image: x1, y1, x2, y2 in pixels of the padded image, score, class index; NMS order.
+    """
+    head = model.model[-1]
+    if "one2many" in raw:
+        raw = raw["one2one"] if head.end2end else raw["one2many"]
+    predictions = head._inference(_fp32(raw))
+    if head.end2end:
+        head.max_det = max_det
+        predictions = head.postprocess(predictions.permute(0, 2, 1))
+    # No time limit: past it Ultralytics would return no detections for the rest of the batch.
+    return non_max_suppression(
+        predictions, conf, iou, multi_label=True, max_det=max_det, max_time_img=1e9, end2end=head.end2end
+    )

@@ -1,0 +1,57 @@
+"""Work that one process does for all, and what all must have the same. Every function is collective."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast, broadcast_object_list, gather_object
+
+from train.config.errors import InputError
+
+T = TypeVar("T")
+
+
+def on_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
+    """Run `work` on the main process and hand its result, or its error, to every rank (collective).
+
+    An error on the main process alone would leave the others waiting for it in their next collective.
+    """
+    outcome: list[Any] = [None, None]  # result, error
+    if accelerator.is_main_process:
+        try:
+            outcome[0] = work()
+        except Exception as error:
+            outcome[1] = error
+    result, failure = broadcast_object_list(outcome)
+    if failure is not None:
+        raise failure
+    return result
+
+
+def once_per_machine(accelerator: Accelerator, work: Callable[[], T]) -> T:
+    """Run `work`, which may write files that its next call finds, on one process of each machine and then on the rest.
+
+    Returns each process's own result. An error on one machine is every rank's error (collective).
+    """
+    result: Any = None
+    for turn in (True, False):
+        failure = None
+        if accelerator.is_local_main_process == turn:
+            try:
+                result = work()
+            except InputError as error:
+                failure = error
+        failures = [failed for failed in gather_object([failure]) if failed is not None]
+        if failures:
+            raise failures[0]
+    return result
+
+
+def sync_from_main(module: torch.nn.Module) -> None:
+    """Give every rank the main process's parameters and buffers (collective).
+
+    The parameters are the same anyway; BatchNorm's running statistics are each rank's own between two forwards.
+    """
+    for tensor in module.state_dict().values():
+        broadcast(tensor)  # in place, from process 0

@@ -1,0 +1,93 @@
+"""What this machine has and what the launcher says: devices, precision, memory, the number of processes."""
+
+import os
+import resource
+import sys
+
+import torch
+
+from train.config.errors import InputError
+from train.config.options import Precision
+
+
+def launched(variable: str, default: int) -> int:
+    """A number that torchrun or accelerate launch tell each process they start: WORLD_SIZE, RANK, LOCAL_RANK, …"""
+    return int(os.environ.get(variable, default))
+
+
+def local_processes() -> int:
+    """Processes of this run on this machine."""
+    return launched("LOCAL_WORLD_SIZE", 1)
+
+
+def device_type() -> str:
+    """`cuda`, `mps`, `cpu`, …: the kind of device this run uses; ACCELERATE_USE_CPU=true asks for the CPU."""
+    wants_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true", "yes", "on")
+    if wants_cpu or not torch.accelerator.is_available():
+        return "cpu"
+    return torch.accelerator.current_accelerator().type  # type: ignore[union-attr]
+
+
+def check_devices(wanted: int, device: str) -> None:
+    """Raise InputError where this machine has fewer devices than the processes that are to run on it."""
+    if device == "mps" and wanted > 1:
+        raise InputError(f"{wanted} processes were asked for, but Apple's MPS trains in one. Start one process.")
+    if device in ("cpu", "mps"):
+        return
+    seen = torch.accelerator.device_count()
+    if wanted > seen:
+        raise InputError(
+            f"{wanted} GPU processes were asked for, but PyTorch sees {seen} {device.upper()} device{'s'[: seen != 1]} "
+            f"({visible()}). Type GPUS={seen}, or CPUS={wanted} for processes on the CPU."
+        )
+
+
+def processes(number: int) -> str:
+    """`1 process`, `2 processes`."""
+    return "1 process" if number == 1 else f"{number} processes"
+
+
+def visible() -> str:
+    """Which GPUs CUDA may see, in words."""
+    value = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return "CUDA_VISIBLE_DEVICES is not set" if value is None else f"CUDA_VISIBLE_DEVICES={value!r}"
+
+
+def pick_precision(wanted: Precision | None, device: str) -> tuple[str, str]:
+    """Resolve `--mixed_precision` to Accelerate's value and say why.
+
+    `auto` is bf16 where the hardware computes it, fp16 on CUDA devices that have tensor cores but no bf16 (T4, V100),
+    else fp32.
+    """
+    if wanted is None:
+        launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        wanted, reason = launcher, "the launcher's" if launcher != "no" else "the default"  # type: ignore[assignment]
+    elif wanted != "auto":
+        reason = "asked for"
+    elif device == "cuda":
+        name, capability = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            wanted, reason = "bf16", f"{name} computes bf16"
+        elif capability >= (7, 0):
+            wanted, reason = "fp16", f"{name} computes fp16 fast but has no bf16"
+        else:
+            wanted, reason = "no", f"{name} has neither bf16 nor tensor cores"
+    elif device == "cpu" and _cpu_has_fast_bf16() and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        wanted, reason = "bf16", "this CPU computes bf16"
+    else:
+        wanted, reason = "no", f"this {device.upper()} has no fast bf16"
+    if wanted == "fp16" and device == "cpu":
+        raise InputError("--mixed_precision is fp16, which the CPU does not compute. Say bf16, no or auto.")
+    assert wanted is not None
+    return wanted, reason
+
+
+def _cpu_has_fast_bf16() -> bool:
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def memory_in_use(device: torch.device) -> int:
+    """Bytes: the most that PyTorch has reserved on the GPU, or this process's highest resident memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,0 +1,86 @@
+"""How every script begins and ends: its options, what it says of an error and by which rank, its exit code."""
+
+import contextlib
+import logging
+import os
+import platform
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+
+import torch
+
+from train.config.errors import InputError
+from train.config.options import C
+from train.config.reading import Kept, parse
+from train.processes.devices import launched
+from train.processes.watch import is_first, log_stream
+
+
+def run(main: Callable[[C], None], kind: type[C], description: str, kept: Kept | None = None) -> None:
+    """Read the options and run a script's main with them.
+
+    An error is said once: by the rank that failed first, with its number and the path of its log, where the traceback
+    is. What a person can mend is one message: exit code 2 for bad input, 1 for a loss that is no longer a number.
+    """
+    code = 0
+    logging.getLogger("train").addHandler(logging.NullHandler())  # else logging prints what no file takes yet
+    try:
+        with said_once():
+            config, warnings = parse(kind, description, kept=kept)
+            print("\n".join(warnings), end="\n" * bool(warnings), file=sys.stderr)
+        main(config)
+    except (InputError, FloatingPointError) as error:
+        logging.getLogger("train").error(str(error))
+        _say_first(f"error: {error}")
+        code = 2 if isinstance(error, InputError) else 1
+    except KeyboardInterrupt:
+        _say_first("interrupted")
+        code = 130
+    except Exception as error:
+        code = 1
+        logging.getLogger("train").exception("this rank failed")
+        _say_first(_failure(error))
+        if launched("WORLD_SIZE", 1) > 1:  # nothing that waits for the other ranks may stand in the way of the exit
+            logging.shutdown()
+            sys.stdout.flush()
+            os._exit(code)
+    if torch.distributed.is_initialized():  # left open, its threads may abort the process at exit
+        torch.distributed.destroy_process_group()
+    sys.exit(code)
+
+
+@contextlib.contextmanager
+def said_once() -> Iterator[None]:
+    """Before the processes know each other: only the first process of each machine prints."""
+    if launched("LOCAL_RANK", 0) == 0:
+        yield
+        return
+    with (
+        open(os.devnull, "w") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+        contextlib.redirect_stderr(nowhere),
+    ):
+        yield
+
+
+def _say_first(text: str) -> None:
+    """Say it on standard error, unless another rank has said that it failed: that one's error is the cause."""
+    if torch.distributed.is_initialized():
+        if not is_first("failed"):
+            return
+    elif launched("LOCAL_RANK", 0) != 0:
+        return
+    print(text, file=sys.stderr, flush=True)
+
+
+def _failure(error: Exception) -> str:
+    """An unforeseen error for the console; the whole traceback where there is no log yet."""
+    rank, ranks = launched("RANK", 0), launched("WORLD_SIZE", 1)
+    lines = [f"error: rank {rank} of {ranks} on {platform.node()} failed: {type(error).__name__}: {error}"]
+    if (log := log_stream()) is None:
+        return "\n".join(["".join(traceback.format_exception(error)), *lines])
+    ours = [f for f in traceback.extract_tb(error.__traceback__) if f"{os.sep}train{os.sep}" in f.filename]
+    if ours:
+        lines.append(f"  at {ours[-1].filename}:{ours[-1].lineno}, in {ours[-1].name}: {ours[-1].line}")
+    return "\n".join([*lines, f"  the traceback is in {log.name}"])

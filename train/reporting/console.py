@@ -1,0 +1,134 @@
+"""The console and the logs: whole lines or a live bar from the main process, one log file for each rank."""
+
+import logging
+import logging.handlers
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+from accelerate import Accelerator
+from tqdm import tqdm
+
+from train.config.options import EvalConfig
+from train.processes.watch import Watch
+
+T = TypeVar("T")
+NO_TERMINAL = ("JPY_PARENT_PID", "KAGGLE_KERNEL_RUN_TYPE", "COLAB_RELEASE_TAG", "CI")
+
+
+class Console:
+    """What one process says. Lines that are said before the run has a folder go to its log once it has one.
+
+    Args:
+        accelerator: of the run; its main process alone prints.
+        config: progress, colours and levels.
+    """
+
+    def __init__(self, accelerator: Accelerator, config: EvalConfig):
+        self.accelerator, self.config = accelerator, config
+        self.bar: tqdm | None = None
+        # A notebook's `!command` and some CI runners give their commands a terminal that nobody looks at as one.
+        terminal = sys.stdout.isatty() and not any(name in os.environ for name in NO_TERMINAL)
+        wants_bar = config.progress == "bar" or (config.progress == "auto" and terminal)
+        self.shows_bar = wants_bar and accelerator.is_main_process
+        # https://no-color.org and https://force-color.org
+        self.colours = bool(os.environ.get("FORCE_COLOR")) or (terminal and not os.environ.get("NO_COLOR"))
+        level = getattr(logging, config.log_level.upper())
+        self.logger = logging.getLogger("train")
+        self.early = logging.handlers.MemoryHandler(capacity=10_000, flushLevel=logging.CRITICAL + 1)
+        self.handlers: list[logging.Handler] = [self.early]
+        logging.getLogger().addHandler(self.early)
+        logging.captureWarnings(True)  # Python's warnings go to the logs of the ranks that gave them
+        self.logger.setLevel(level)
+        for name in ("ultralytics", "torch", "accelerate"):  # to the logs; their own handlers print, on every rank
+            library = logging.getLogger(name)
+            library.handlers, library.propagate = [], True
+            library.setLevel(level if name == "ultralytics" else max(level, logging.WARNING))
+        self.watch = Watch(accelerator.process_index, accelerator.num_processes, config.hang_timeout, self._heartbeat)
+
+    def say(self, line: str) -> None:
+        """A line on the console, from the main process, and in the log of every rank."""
+        self.logger.log(logging.WARNING if line.startswith("warning:") else logging.INFO, line)
+        self.watch.last_line = time.monotonic()
+        if not self.accelerator.is_main_process:  # accelerator.print would say it once on each machine
+            return
+        if self.colours and line.startswith("warning:"):
+            line = f"\x1b[33m{line}\x1b[0m"
+        if self.bar is None:
+            self.accelerator.print(line, flush=True)
+        else:
+            self.bar.write(line)
+
+    def progress(self, line: str) -> None:
+        """A line on how far work has come: only in the logs where there is a bar, or where none is wanted."""
+        if self.shows_bar or self.config.progress == "off":
+            self.logger.info(line)
+        else:
+            self.say(line)
+
+    def _heartbeat(self, line: str) -> None:
+        if self.config.progress != "off":
+            self.say(line)
+
+    def open_bar(self, total: int, words: str, unit: str) -> None:
+        """On a terminal: a live bar, until `close_bar`."""
+        if self.shows_bar:
+            colour = "green" if self.colours else None
+            self.bar = tqdm(
+                total=total, desc=words, unit=unit, leave=False, dynamic_ncols=True, file=sys.stdout, colour=colour
+            )
+
+    def advance(self) -> None:
+        """Move the bar by one, where there is one."""
+        if self.bar is not None:
+            self.bar.update()
+
+    def annotate(self, words: str) -> None:
+        """Words behind the bar, where there is one."""
+        if self.bar is not None:
+            self.bar.set_postfix_str(words)
+
+    def close_bar(self) -> None:
+        """Take the bar away, where there is one."""
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+    def counted(self, items: Iterable[T], total: int, words: str, unit: str) -> Iterator[T]:
+        """The items, under a bar on a terminal; elsewhere nothing is said of them."""
+        self.open_bar(total, words, unit)
+        try:
+            for item in items:
+                yield item
+                self.advance()
+        finally:
+            self.close_bar()
+
+    def open_logs(self, folder: Path) -> None:
+        """Start this rank's log, and on the main process the file that --log-file names."""
+        rank = self.accelerator.process_index
+        (folder / "logs").mkdir(parents=True, exist_ok=True)  # parents: on another machine
+        files = [folder / "logs" / f"rank{rank}.log"]
+        if self.config.log_file and self.accelerator.is_main_process:
+            files.append(Path(self.config.log_file))
+            files[-1].parent.mkdir(parents=True, exist_ok=True)
+        logs = [logging.FileHandler(file, encoding="utf-8") for file in files]
+        for log in logs:
+            log.setFormatter(logging.Formatter(f"%(asctime)s rank{rank} %(levelname)s %(message)s"))
+            for record in self.early.buffer:
+                log.handle(record)
+        logging.getLogger().removeHandler(self.early)
+        for log in logs:
+            logging.getLogger().addHandler(log)
+        self.early.buffer.clear()
+        self.handlers = [*logs]
+
+    def close(self) -> None:
+        """End the watch and close the logs."""
+        self.watch.close()
+        for handler in self.handlers:
+            logging.getLogger().removeHandler(handler)
+            handler.close()

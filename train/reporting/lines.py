@@ -1,0 +1,152 @@
+"""Console lines, made out of numbers by pure functions."""
+
+import statistics
+from collections.abc import Sequence
+
+from train.config.options import EvalConfig
+from train.data.formats import Labels
+from train.evaluation.coco import COLUMNS, METRICS, metric_names
+from train.evaluation.evaluate import Evaluation
+from train.processes.devices import processes
+from train.training.meter import Window
+from train.training.optim import Schedule
+
+SLOWER = 1.2  # times the median of the ranks
+
+
+# Before the first epoch -----------------------------------------------------------------------------------------------
+def data_line(name: str, train: Sequence[Labels], val: Sequence[Labels]) -> str:
+    """Images and boxes of the two splits."""
+    counts = [f"{len(labels)} images with {sum(len(entry.cls) for entry in labels)} boxes" for labels in (train, val)]
+    return f"data       {name}: {counts[0]} to train on, {counts[1]} to validate on"
+
+
+def batch_line(schedule: Schedule, ranks: int) -> str:
+    """The arithmetic of the batch."""
+    config, accumulated = schedule.config, schedule.full_accumulation
+    return (
+        f"batch      {config.batch} images over {processes(ranks)} x {accumulated} accumulated = "
+        f"{config.batch * accumulated} a step; {schedule.batches} batches an epoch, {config.epochs} epochs"
+    )
+
+
+def optimizer_line(schedule: Schedule) -> str:
+    """The optimizer and its rates, and whether it was picked."""
+    picked = " (picked: --optimizer auto)" if schedule.config.optimizer == "auto" else ""
+    return f"optimizer  {schedule.optimizer}, lr {schedule.lr0:g}, weight decay {schedule.weight_decay:.3g}{picked}"
+
+
+# Within and after an epoch --------------------------------------------------------------------------------------------
+def bar_words(window: Window, lr: float) -> str:
+    """What stands behind the training bar."""
+    return f"{_numbers(window.means())} lr {lr:.3g} {window.images / max(window.seconds):.0f} images/s"
+
+
+def step_line(step: int, steps: int, since: Window, whole: Window, lr: float) -> str:
+    """Losses since the last line, throughput of all ranks, data wait and memory of the worst rank, time that is left.
+
+    Args:
+        step, steps: that is done, and of the epoch.
+        since: what was measured since the last line.
+        whole: what was measured since the epoch began.
+        lr: learning rate of the first group.
+    """
+    left = (steps - step) * max(whole.seconds) / step
+    line = f"step {step}/{steps}  {_numbers(since.means())}  lr {lr:.3g}"
+    return f"{line}  {since.images / max(since.seconds):.0f} images/s  {_worst(since)}  eta {_clock(left)}"
+
+
+def train_line(whole: Window, seconds: float) -> str:
+    """An epoch's losses, and how long its training took."""
+    rate = f"{whole.images / seconds:.0f} images/s"
+    return f"train  {_numbers(whole.means())}  {whole.images} images in {seconds:.1f} s, {rate}  {_worst(whole)}"
+
+
+def rank_lines(whole: Window) -> list[str]:
+    """Step time, data wait and forward of each rank."""
+    return [
+        f"rank {rank}: {seconds / whole.steps:.4f} s a step, of it {_own(whole, rank):.4f} s its own "
+        f"(data wait {whole.waits[rank] / whole.steps:.4f} s, forward {whole.forwards[rank] / whole.steps:.4f})"
+        for rank, seconds in enumerate(whole.seconds)
+    ]
+
+
+def slow_ranks(whole: Window) -> str:
+    """A warning that names the ranks which take longer than the median rank for what is their own; empty if none do."""
+    own = [_own(whole, rank) for rank in range(len(whole.seconds))]
+    median = statistics.median(own)
+    named = [
+        f"rank {rank} by {seconds / median - 1:.0%} (data wait {whole.waits[rank] / whole.steps:.3f} s, "
+        f"forward {whole.forwards[rank] / whole.steps:.3f} s a step)"
+        for rank, seconds in enumerate(own)
+        if seconds > SLOWER * median
+    ]
+    return f"warning: slower than the median rank: {', '.join(named)}" if named else ""
+
+
+def val_line(name: str, result: Evaluation, best: str) -> str:
+    """An epoch's validation.
+
+    Args:
+        name: what the metrics are filed under.
+        result: of the validation.
+        best: which epoch is the best so far, in words.
+    """
+    shown = _numbers(result.losses | {metric: result.metrics[metric] for metric in ("P", "R", *METRICS[:3])})
+    return f"{name}    {shown}  {result.images} images  ({best})"
+
+
+def timing_line(result: Evaluation) -> str:
+    """Where the time of a validation went."""
+    parts = [f"{stage} {slowest:.2f} ({mean:.2f})" for stage, (slowest, mean) in result.seconds.items()]
+    return f"validation took, in s, slowest rank (mean): {', '.join(parts)}"
+
+
+def _own(whole: Window, rank: int) -> float:
+    """Seconds a step that are this rank's own: under DDP the rest is shared waiting."""
+    return (whole.waits[rank] + whole.forwards[rank]) / whole.steps
+
+
+def _worst(window: Window) -> str:
+    """Data wait and memory of the ranks that have most of it."""
+    wait, holder = _argmax(window.waits), _argmax(window.memory)
+    share = window.waits[wait] / max(window.seconds[wait], 1e-9)
+    return f"data wait {share:.0%} (rank {wait})  {window.memory[holder] / 1e9:.2f} GB (rank {holder})"
+
+
+def _argmax(values: list[float]) -> int:
+    return max(range(len(values)), key=values.__getitem__)
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}"
+
+
+def _numbers(values: dict[str, float]) -> str:
+    return "  ".join(f"{name.removesuffix('_loss')} {value:.4g}" for name, value in values.items())
+
+
+# The table ------------------------------------------------------------------------------------------------------------
+def table(evaluation: Evaluation, config: EvalConfig) -> list[str]:
+    """The metrics of all classes and of each, and AP and AR by size."""
+    m = evaluation.metrics
+    images = f"{evaluation.images} images" + (" (a subset)" if config.subset else "")
+    everything = m | {"images": evaluation.images, "boxes": evaluation.boxes}
+    lines = [f"{'class':20}" + "".join(f"{name:>8}" for name in COLUMNS)]
+    occurring = {name: values for name, values in evaluation.per_class.items() if values["boxes"]}
+    for name, values in ({"all": everything} | occurring).items():
+        numbers = "".join(f"{values[c]:8d}" if c in COLUMNS[:2] else f"{values[c]:8.3f}" for c in COLUMNS)
+        lines.append(f"{name[:19]:20}{numbers}")
+    if never := len(evaluation.per_class) - len(occurring):
+        lines.append(f"{never} of {len(evaluation.per_class)} classes do not occur here and do not count")
+    names = metric_names(config.max_dets)
+    for sizes, label in ((names[3:6], "AP small, medium, large"), (names[9:12], "AR small, medium, large")):
+        lines.append(f"{label:44}" + "".join(f"{m[name]:8.3f}" for name in sizes))
+    counts = ", ".join(map(str, config.max_dets))
+    lines.append(f"{f'AR at {counts} detections an image':44}" + "".join(f"{m[name]:8.3f}" for name in names[6:9]))
+    lines.append(f"AP {m['AP']:.4f} on {images} of {config.split}")
+    if m["AP"] < 0:
+        lines.append("AP is -1: these images have no labelled object.")
+    return lines

@@ -1,0 +1,217 @@
+"""Pictures, for where people would rather look than read. Drawn with Ultralytics' plotting by the main process."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import cv2
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+from PIL import Image
+from ultralytics.utils.metrics import ConfusionMatrix, plot_mc_curve, plot_pr_curve
+from ultralytics.utils.patches import imread
+from ultralytics.utils.plotting import Annotator, colors, plot_images, plot_labels
+
+from train.data.formats import Labels
+from train.evaluation.evaluate import Evaluation
+
+TILE = 320  # px, longer side of one image on the page
+SHOWN = 12  # images on a page
+CONFIDENCE = 0.25  # detections below it are not drawn
+Box = tuple[list[float], int, float | None]  # ltwh in pixels of the image, category id, score
+ERRORS = {
+    "Cls": "class",
+    "Loc": "location",
+    "Both": "class and location",
+    "Dupe": "duplicate",
+    "Bkg": "background",
+    "Miss": "missed",
+}
+
+
+def draw_evaluation(
+    evaluation: Evaluation, truth: dict[str, Any], diagnosis: dict[str, Any] | None, folder: Path
+) -> None:
+    """Curves, the confusion matrix, TIDE errors and the page of the worst images, as far as there is anything to show.
+
+    Args:
+        evaluation: gives the curves and the detections.
+        truth: COCO ground truth.
+        diagnosis: what `diagnose` returned.
+        folder: where the pictures go.
+    """
+    by_id = {category["id"]: category["name"] for category in truth["categories"]}
+    names = [by_id[id_] for id_ in evaluation.curves.category_ids]
+    measured = evaluation.curves.ap["AP50"] >= 0
+    if measured.any():
+        draw_curves(evaluation, {i: names[k] for i, k in enumerate(np.flatnonzero(measured))}, measured, folder)
+    if diagnosis:
+        matrix = ConfusionMatrix(dict(enumerate(names)))
+        matrix.matrix = diagnosis["confusion"].astype(float).T  # Ultralytics' rows are detections
+        matrix.plot(normalize=True, save_dir=folder)
+        draw_tide(diagnosis["tide"], folder / "tide.png")
+    images = worst_first(truth, diagnosis)
+    draw_page(evaluation.detections, truth, images, folder / "val.jpg")
+
+
+def draw_curves(evaluation: Evaluation, names: dict[int, str], measured: np.ndarray, folder: Path) -> None:
+    """Precision-recall, and F1, precision and recall by confidence, at IoU 0.50, of the classes that occur."""
+    curves, confidence = evaluation.curves, np.linspace(0, 1, 1000)
+    ap = curves.ap["AP50"][measured][:, None]
+    plot_pr_curve(np.linspace(0, 1, 101), curves.pr[measured], ap, folder / "PR_curve.png", names)
+    for letter, label, values in (("F1", "F1", curves.f1), ("P", "Precision", curves.p), ("R", "Recall", curves.r)):
+        plot_mc_curve(confidence, values[measured], folder / f"{letter}_curve.png", names, ylabel=label)
+
+
+def draw_tide(tide: dict[str, float], file: Path) -> None:
+    """AP50 lost by kind of error, and each kind's share of the sum."""
+    total = max(sum(tide.values()), 1e-9)
+    figure, axes = plt.subplots(figsize=(7, 3), tight_layout=True)
+    bars = axes.barh([ERRORS[kind] for kind in tide], list(tide.values()), color="#1f77b4")
+    axes.bar_label(bars, [f"{value:.3f}  {value / total:.0%}" for value in tide.values()], padding=3)
+    axes.margins(x=0.25)
+    axes.invert_yaxis()
+    axes.set_xlabel("AP50 that these errors cost (TIDE), and share")
+    figure.savefig(file, dpi=150)
+    plt.close(figure)
+
+
+def worst_first(truth: dict[str, Any], diagnosis: dict[str, Any] | None) -> list[tuple[dict, str]]:
+    """COCO images with a caption, those of the lowest F1 and among them of the most errors first; without a diagnosis
+    in the order of the split.
+    """
+    if not diagnosis:
+        return [(image, "") for image in truth["images"]]
+    found = diagnosis["images"]
+    nothing = {"f1": 1.0, "tp": 0, "fp": 0, "fn": 0}
+    ranked = []
+    for image in truth["images"]:
+        one = found.get(image["id"], nothing)
+        errors = one["fp"] + one["fn"]
+        caption = f"{one['tp']} found, {one['fn']} missed, {one['fp']} false"
+        ranked.append((one["f1"] if errors else 1.0, -errors, image["id"], image, caption))
+    return [(image, caption) for *_, image, caption in sorted(ranked, key=lambda entry: entry[:3])]
+
+
+def draw_page(
+    detections: np.ndarray, truth: dict[str, Any], images: list[tuple[dict, str]], file: Path, count: int = SHOWN
+) -> None:
+    """A page of validation images: on the left of each pair the truth, on the right the detections.
+
+    Args:
+        detections: COCO rows.
+        truth: COCO ground truth.
+        images: COCO images with captions, `file_name` being a path; those that cannot be read are passed over.
+        file: the picture to write.
+        count: how many images to show.
+    """
+    _provide_font()
+    names = {category["id"]: category["name"] for category in truth["categories"]}
+    colour = {category["id"]: index for index, category in enumerate(truth["categories"])}
+    pairs: list[np.ndarray] = []
+    for image, caption in images:
+        picture = _picture(image["file_name"])
+        if picture is None:
+            continue
+        pair = np.hstack([_tile(picture, boxes, names, colour) for boxes in boxes_on(image, truth, detections)])
+        text = f"{Path(image['file_name']).name}  {caption}"
+        cv2.putText(pair, text, (6, TILE + 20), cv2.FONT_HERSHEY_SIMPLEX, 0.45, (0, 0, 0), 1, cv2.LINE_AA)
+        pairs.append(pair)
+        if len(pairs) == count:
+            break
+    if pairs:
+        pairs += [np.full_like(pairs[0], 255)] * (-len(pairs) % 3)
+        cv2.imwrite(str(file), np.vstack([np.hstack(pairs[i : i + 3]) for i in range(0, len(pairs), 3)]))
+
+
+def same_images(truth: dict[str, Any]) -> list[dict[str, Any]]:
+    """COCO images evenly drawn from the split, SHOWN of them: the same ones every time."""
+    every = max(len(truth["images"]) // SHOWN, 1)
+    return truth["images"][::every][:SHOWN]
+
+
+def boxes_on(image: dict[str, Any], truth: dict[str, Any], detections: np.ndarray) -> tuple[list[Box], list[Box]]:
+    """The truth on a COCO image, without scores, and the detections from CONFIDENCE on."""
+    marks: list[Box] = [
+        (a["bbox"], a["category_id"], None) for a in truth["annotations"] if a["image_id"] == image["id"]
+    ]
+    rows = detections[(detections[:, 0] == image["id"]) & (detections[:, 5] >= CONFIDENCE)].tolist()
+    return marks, [(row[1:5], int(row[6]), row[5]) for row in rows]
+
+
+def _tile(picture: np.ndarray, marks: list[Box], names: dict[int, str], colour: dict) -> np.ndarray:
+    """The image with its boxes (ltwh in its own pixels) on a white square of TILE px, with room for a line below."""
+    scale = TILE / max(picture.shape[:2])
+    annotator = Annotator(cv2.resize(picture, None, fx=scale, fy=scale), line_width=2, font_size=11, pil=True)
+    for (x, y, w, h), category, score in marks:
+        text = "" if score is None else f" {score:.2f}"
+        box = np.array([x, y, x + w, y + h]) * scale
+        annotator.box_label(box.tolist(), names[category] + text, color=colors(colour[category], bgr=True))
+    drawn = annotator.result()
+    tile = np.full((TILE + 28, TILE + 8, 3), 255, np.uint8)
+    tile[4 : 4 + drawn.shape[0], 4 : 4 + drawn.shape[1]] = drawn[:TILE, :TILE]
+    return tile
+
+
+def _picture(file: str) -> np.ndarray | None:
+    """The image, BGR, in the formats that Ultralytics knows; None where it is not there."""
+    return imread(file) if os.path.isfile(file) else None
+
+
+def small_picture(file: str) -> np.ndarray | None:
+    """The image, RGB, at most 2 TILE px wide and high; None where it is not there."""
+    picture = _picture(file)
+    if picture is None:
+        return None
+    scale = min(2 * TILE / max(picture.shape[:2]), 1)
+    return cv2.cvtColor(cv2.resize(picture, None, fx=scale, fy=scale), cv2.COLOR_BGR2RGB)
+
+
+def draw_labels(labels: list[Labels], names: dict[int, str], folder: Path) -> None:
+    """labels.png: how often each class occurs, and where and how large its boxes are."""
+    boxes, classes = np.concatenate([entry.boxes for entry in labels]), np.concatenate([entry.cls for entry in labels])
+    plot_labels(boxes, classes, names, folder)
+    drawn = folder / "labels.jpg"  # as Ultralytics names it
+    Image.open(drawn).save(folder / "labels.png")
+    drawn.unlink()
+
+
+def draw_batch(batch: dict[str, Any], names: dict[int, str], file: Path) -> None:
+    """Images of a training batch as the model sees them, with their boxes."""
+    _provide_font()
+    # copies: Ultralytics scales images and boxes in place
+    shown = {name: batch[name].to("cpu", copy=True) for name in ("img", "cls", "bboxes", "batch_idx")}
+    shown["cls"] = shown["cls"].squeeze(-1)
+    plot_images(shown, paths=batch["im_file"], fname=file, names=names, threaded=False)
+
+
+def draw_results(rows: list[dict[str, Any]], val: str, file: Path) -> None:
+    """results.png: losses of training and validation, AP, P and R, learning rate and speed over the epochs."""
+    losses = [name.removeprefix("train/") for name in rows[0] if name.startswith("train/")]
+    panels = [(name, {"train": f"train/{name}", val: f"{val}/{name}"}) for name in losses]
+    panels += [("AP", {name: f"{val}/{name}" for name in ("AP", "AP50", "AP75")})]
+    panels += [("P, R, F1", {name: f"{val}/{name}" for name in ("P", "R", "F1")})]
+    panels += [("AP by size", {name: f"{val}/{name}" for name in ("APs", "APm", "APl")})]
+    panels += [("learning rate", {name: name for name in rows[0] if name.startswith("lr/")})]
+    panels += [("images/s", {"": "images_per_s"})]
+    figure, axes = plt.subplots(2, 4, figsize=(16, 7), tight_layout=True)
+    for panel, (title, columns) in zip(axes.flat, panels, strict=True):
+        for label, column in columns.items():
+            measured = [(row["epoch"], row[column]) for row in rows if row[column] not in (None, -1)]
+            panel.plot(*zip(*measured, strict=True), marker=".", label=label) if measured else None
+        panel.set_title(title)
+        panel.set_xlabel("epoch")
+        panel.grid(alpha=0.3)
+        if len(columns) > 1 and panel.lines:
+            panel.legend()
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+def _provide_font() -> None:
+    """Ultralytics downloads its font where it finds none; matplotlib's stands in for it."""
+    font = Path(os.environ["YOLO_CONFIG_DIR"]) / "Ultralytics" / "Arial.ttf"
+    if not font.exists() and font.parent.is_dir():
+        shutil.copyfile(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", font)

@@ -1,0 +1,102 @@
+"""The files of a run, whole or not at all: config.json, results.csv, metrics, predictions and truth as JSON."""
+
+import csv
+import json
+import platform
+from dataclasses import asdict
+from importlib.metadata import distributions
+from pathlib import Path
+from typing import Any
+
+from train.config.options import EvalConfig
+from train.evaluation.coco import metric_names
+from train.evaluation.evaluate import Evaluation
+from train.processes.files import whole_file
+from train.training.meter import Window
+from train.training.state import TrainState
+
+PACKAGES = ("torch", "torchvision", "accelerate", "ultralytics", "hotcoco", "pycocotools", "wandb", "numpy")
+
+
+class Results:
+    """The run's folder.
+
+    Args:
+        folder: it is there.
+        writes: whether this process writes; the others do nothing.
+    """
+
+    def __init__(self, folder: Path, writes: bool):
+        self.folder, self.writes = folder, writes
+
+    def write(self, name: str, text: str) -> None:
+        """A text file."""
+        if self.writes:
+            with whole_file(self.folder / name) as draft:
+                draft.write_text(text, encoding="utf-8")
+
+    def config(self, config: EvalConfig) -> None:
+        """config.json: the options as they were given, and the versions of what runs them."""
+        self.write("config.json", json.dumps(asdict(config) | {"versions": versions()}, indent=2))
+
+    def table(self, rows: list[dict[str, Any]]) -> None:
+        """results.csv, a row for each epoch."""
+        if self.writes:
+            with whole_file(self.folder / "results.csv") as draft, open(draft, "w", newline="") as file:
+                writer = csv.DictWriter(file, fieldnames=list(rows[-1]))
+                writer.writeheader()
+                writer.writerows(rows)
+
+    def evaluation(
+        self, evaluation: Evaluation, truth: dict[str, Any], tide: dict[str, float] | None, subset: bool
+    ) -> None:
+        """metrics.json, predictions.json and ground_truth.json, unrounded.
+
+        Args:
+            evaluation: what was found.
+            truth: COCO ground truth.
+            tide: AP50 lost by kind of error, where it was measured.
+            subset: whether only a part of the split was evaluated; the metrics then go by other names.
+        """
+        if not self.writes:
+            return
+        prefix = "subset_" if subset else ""
+        metrics: dict[str, Any] = {f"{prefix}{name}": value for name, value in evaluation.metrics.items()}
+        metrics |= {"per_class": evaluation.per_class, "images": evaluation.images, "boxes": evaluation.boxes}
+        metrics |= {"tide": tide} if tide is not None else {}
+        rows = [
+            {"image_id": int(row[0]), "category_id": int(row[6]), "bbox": row[1:5], "score": row[5]}
+            for row in evaluation.detections.tolist()
+        ]
+        self.write("predictions.json", json.dumps(rows))
+        self.write("ground_truth.json", json.dumps(truth))
+        self.write("metrics.json", json.dumps(metrics, indent=2))
+
+
+def epoch_row(
+    state: TrainState, whole: Window, seconds: float, training: float, result: Evaluation | None, config: EvalConfig
+) -> dict[str, Any]:
+    """An epoch as a row of results.csv; its validation columns are None where it was not validated.
+
+    Args:
+        state: after the epoch.
+        whole: what was measured in it.
+        seconds: of the epoch so far, and, `training`, of its training alone.
+        training: see above.
+        result: of its validation.
+        config: names the metrics.
+    """
+    losses, val = whole.means(), config.val_name
+    row: dict[str, Any] = {"epoch": state.epoch + 1, "global_step": state.ema.updates, "seconds": round(seconds, 3)}
+    row |= {"images_per_s": round(whole.images / training, 2)}
+    row |= {"peak_memory_gb": round(max(whole.memory) / 1e9, 3)}
+    row |= {f"train/{name}": value for name, value in losses.items()}
+    row |= {f"{val}/{name}": result.losses[name] if result else None for name in losses}
+    row |= {f"{val}/{name}": result.metrics[name] if result else None for name in metric_names(config.max_dets)}
+    return row | {f"lr/pg{i}": group["lr"] for i, group in enumerate(state.optimizer.param_groups)}
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that results may depend on."""
+    found = {d.name.lower(): d.version for d in distributions() if d.name.lower() in PACKAGES}
+    return found | {"python": platform.python_version()}

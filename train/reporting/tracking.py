@@ -1,0 +1,189 @@
+"""Experiment trackers: all of Accelerate's get the numbers, the W&B run also tables, charts and pictures.
+
+Only the main process tracks. Whatever fails here is one warning; it neither ends a training nor keeps it waiting.
+W&B takes half a second to import, so its modules are imported where it is used.
+"""
+
+import contextlib
+import math
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from train.config.options import TrainConfig
+from train.evaluation.evaluate import Evaluation
+from train.processes.collectives import on_main
+from train.reporting.results import versions
+from train.training.state import TrainState
+
+PROJECT = "yolo-accelerate"
+RICH = 25  # tables, charts and pictures come at most about so often in a run
+
+
+class Tracking:
+    """The trackers of one run; without any, its methods do nothing.
+
+    Args:
+        accelerator: holds the trackers.
+        say: gives a line to the console.
+        wandb: whether W&B will be used; its import and its service then start beside the reading of the data.
+    """
+
+    def __init__(self, accelerator: Accelerator, say: Callable[[str], None], wandb: bool = False):
+        self.accelerator, self.say = accelerator, say
+        self.run: Any = None  # of W&B, on the main process
+        self.shown = -math.inf  # the last epoch that tables, charts and pictures were sent after
+        # Else W&B reports to its makers at exit, offline runs included, and waits for a network that is not there.
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+        self.warming = threading.Thread(target=_warm, daemon=True)
+        if wandb and accelerator.is_main_process:
+            self.warming.start()
+
+    def start(self, config: TrainConfig, folder: Path, wandb_id: str) -> str:
+        """Start the trackers and say where the W&B run is (collective).
+
+        Args:
+            config: names the trackers and says what W&B is told.
+            folder: of the run; the trackers write there.
+            wandb_id: of the W&B run that is gone on with; empty for a new one.
+
+        Returns:
+            the id of the W&B run, empty where there is none.
+        """
+        self.config, self.folder = config, folder
+        self.accelerator.project_configuration.logging_dir = str(folder)
+        lines, wandb_id = on_main(self.accelerator, lambda: self._start(wandb_id))
+        for line in lines:
+            self.say(line)
+        return wandb_id
+
+    def _start(self, wandb_id: str) -> tuple[list[str], str]:
+        lines: list[str] = []
+        started: list[Any] = []
+        for name in self.config.used_trackers:
+            attempts: list[dict[str, Any]] = [{}]
+            reason = ""
+            if name == "wandb":
+                self.warming.join()
+                try:
+                    from train.reporting import wandb_start  # imports W&B: 0.5 s
+
+                    attempts, reason = wandb_start.attempts(self.config, self.folder, wandb_id)
+                except Exception as error:
+                    attempts, reason = [], str(error)
+                lines += [f"warning: {reason}"] if reason and attempts else []
+            used, failure = self._first_that_starts(name, attempts, reason)
+            if failure:
+                failure = " ".join(failure.split())
+                lines.append(f"warning: {name} did not start and stays off: {failure[:300]}")
+                continue
+            started += self.accelerator.trackers
+            if used > 0:
+                lines.append("warning: W&B refused the run (a wrong key?); it is kept offline")
+        self.accelerator.trackers = started
+        if any(tracker.name == "wandb" for tracker in started):
+            self.run = self.accelerator.get_tracker("wandb", unwrap=True)
+            lines += wandb_start.introduce(self.run, self.folder)
+        return lines, self.run.id if self.run else ""
+
+    def _first_that_starts(self, name: str, attempts: list[dict[str, Any]], reason: str) -> tuple[int, str]:
+        """Start a tracker with the first of these options that it takes; which ones, and why not where none is."""
+        values = {k: v if isinstance(v, int | float | str) else str(v) for k, v in asdict(self.config).items()}
+        values |= {"command": " ".join(sys.argv), "git": git_state(), "processes": self.accelerator.num_processes}
+        values |= {f"{package}_version": number for package, number in versions().items()}
+        project = self.config.wandb_project or os.environ.get("WANDB_PROJECT") or PROJECT
+        failure = "" if attempts else reason
+        for number, attempt in enumerate(attempts):
+            self.accelerator.log_with, self.accelerator.trackers = [name], []
+            try:
+                self.accelerator.init_trackers(project, config=values, init_kwargs={name: attempt})
+                return number, ""
+            except Exception as error:
+                failure = f"{failure}; {error}" if failure and str(error) not in failure else str(error)
+        return 0, failure
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        """One row of numbers; `step` rises from call to call."""
+        if self.accelerator.trackers:
+            # W&B would keep the row in memory until the next
+            self._safely(lambda: self.accelerator.log(values, step=step, log_kwargs={"wandb": {"commit": True}}))
+
+    def _safely(self, work: Callable[[], Any]) -> None:
+        """Whatever goes wrong with a tracker ends the tracking, not the training."""
+        try:
+            work()
+        except Exception as error:
+            self.say(f"warning: the trackers failed and are off from here on: {error}")
+            self.accelerator.trackers, self.run = [], None
+
+    def epoch(
+        self, state: TrainState, speed: dict[str, float], result: Evaluation | None, truth: dict[str, Any], last: bool
+    ) -> None:
+        """An epoch's numbers, and at most RICH times a run what W&B shows beyond numbers. Main process only.
+
+        Args:
+            state: after the epoch, whose row it has.
+            speed: throughput, waits and gradient norm of the epoch.
+            result: the validation, if there was one.
+            truth: COCO ground truth, whose `file_name` are paths.
+            last: whether this may be the last epoch.
+        """
+        if not self.accelerator.trackers:
+            return
+        row = state.rows[-1]
+        if self.run is not None:
+            self._safely(lambda: self._show(state, result, truth, last))
+        numbers = {name: value for name, value in row.items() if value is not None} | speed | {"lr": row["lr/pg0"]}
+        self.log(numbers, row["global_step"])
+
+    def _show(self, state: TrainState, result: Evaluation | None, truth: dict[str, Any], last: bool) -> None:
+        """What W&B shows beyond numbers, with the epoch's row."""
+        from train.reporting import wandb_page  # imports W&B: 0.5 s
+
+        rows, val = state.rows, self.config.val_name
+        epoch = rows[-1]["epoch"]
+        shown: dict[str, Any] = {}
+        if result and (last or epoch - self.shown >= self.config.epochs / RICH):
+            self.shown = epoch
+            shown |= wandb_page.charts(rows, val) | wandb_page.tables(result, truth, val)
+        if len(rows) == 1:
+            shown |= wandb_page.first_pictures(self.folder)
+        if shown:
+            self.run.log(shown, step=rows[-1]["global_step"], commit=False)
+        if result and state.best_epoch == state.epoch:
+            self.run.summary["best/AP"], self.run.summary["best/epoch"] = state.best_ap, epoch
+
+    def close(self, state: TrainState | None) -> None:
+        """Hand best.pt and last.pt to W&B as versions of one model, and finish the trackers."""
+        if self.run is not None and state is not None:
+            from train.reporting import wandb_page  # imports W&B: 0.5 s
+
+            self._safely(lambda: wandb_page.log_model(self.run, self.folder / "weights", state))
+        self._safely(self.accelerator.end_training)
+
+
+def _warm() -> None:
+    """What takes long the first time: a second, that nobody needs to wait for."""
+    with contextlib.suppress(Exception):  # it comes again where it is told
+        import wandb
+
+        wandb.setup()
+
+
+def git_state() -> str:
+    """Commit of the working directory's repository, with -dirty where files differ from it; empty where it has none."""
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            capture_output=True, text=True, timeout=5,
+        )  # fmt: skip
+        return done.stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return ""

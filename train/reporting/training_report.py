@@ -1,0 +1,173 @@
+"""What a training has to say, from the banner to the last epoch."""
+
+import math
+import statistics
+import time
+from typing import Any
+
+from accelerate import Accelerator
+
+from train.config.options import TrainConfig
+from train.data.formats import Labels
+from train.data.sets import TrainSet
+from train.evaluation.evaluate import Evaluation
+from train.processes.collectives import on_main
+from train.reporting import lines
+from train.reporting.plots import draw_batch, draw_labels, draw_page, draw_results, same_images
+from train.reporting.report import Report
+from train.reporting.results import epoch_row
+from train.reporting.tracking import Tracking
+from train.training.engine import Progress
+from train.training.meter import Window
+from train.training.optim import Schedule
+from train.training.state import TrainState
+
+LINES, STEPS = 8, 10  # unless --log-interval is given: most lines of losses in an epoch, least steps between two
+DRAWN = 20.0  # seconds between two drawings of the pictures that change with the epochs
+
+
+class TrainingReport(Report):
+    """What train/detect.py speaks to.
+
+    Args:
+        accelerator: of the run.
+        config: of the run, with what the device decides filled in.
+    """
+
+    def __init__(self, accelerator: Accelerator, config: TrainConfig):
+        super().__init__(accelerator, config)
+        self.tracking = Tracking(accelerator, self.say, "wandb" in config.trackers)
+        self.begun = time.perf_counter()
+        self.drawn = -DRAWN
+
+    def banner(
+        self, precision: str, origin: str, data: str, schedule: Schedule, train: TrainSet, val: list[Labels]
+    ) -> None:
+        """What is about to happen: processes, precision, model, data, the arithmetic of the batch.
+
+        Args:
+            precision: why it is the one that it is.
+            origin: where the model's weights come from.
+            data: the data set's name.
+            schedule: of the run.
+            train: the images to train on.
+            val: the labels of the images to validate on.
+        """
+        config, ranks = schedule.config, self.accelerator.num_processes
+        self.processes(config, precision)
+        self.say(f"model      {origin}")
+        self.say(lines.data_line(data, train.scanned, val))
+        self.say(lines.batch_line(schedule, ranks))
+        self.say(lines.optimizer_line(schedule))
+        if train.albumentations:
+            self.say("augment    Albumentations is installed, so Ultralytics adds its blur, grey and CLAHE")
+        if config.sync_bn and (ranks == 1 or self.accelerator.device.type != "cuda"):
+            self.say("warning: --sync-bn is ignored; it needs several CUDA processes")
+        self.say(f"run        {self.folder}")
+        self.names = train.data["names"]
+        if self.draws:
+            draw_labels(train.scanned, self.names, self.folder)
+
+    def start_trackers(self, config: TrainConfig, state: TrainState) -> None:
+        """Start the trackers; the id of the W&B run goes into the run's folder and its checkpoints (collective)."""
+        state.wandb_id = self.tracking.start(config, self.folder, state.wandb_id) or state.wandb_id
+        if state.wandb_id:
+            self.results.write("wandb_id.txt", state.wandb_id + "\n")
+
+    def epoch_starts(self, epoch: int, schedule: Schedule) -> None:
+        """Start the epoch's clock and, on a terminal, its progress bar."""
+        self.started = time.perf_counter()
+        self.epoch_number, self.where = epoch + 1, f"epoch {epoch + 1}/{schedule.config.epochs}"
+        self.whole: Window | None = None  # the epoch so far
+        self.window: Window | None = None  # since the last line
+        self.watch.begin("waiting for the first batch", progress=True)
+        self.console.open_bar(len(schedule.step_ends(epoch)), self.where, "step")
+
+    def training_batch(self, i: int, batch: dict[str, Any]) -> None:
+        """Draw one of the first batches of the main process, with its boxes."""
+        if self.draws:
+            draw_batch(batch, self.names, self.folder / f"train_batch{i}.jpg")
+
+    def measured(self, progress: Progress) -> None:
+        """The first step ends the silence, each moves the bar. What was measured goes to the bar and the trackers, and
+        where a line is due to the console.
+        """
+        self.watch.silent = ""
+        self.console.advance()
+        step, steps, window, lr = progress.step, progress.steps, progress.window, progress.lr
+        if window is None:
+            return
+        self.whole = self.whole + window if self.whole else window
+        since = self.window = self.window + window if self.window else window
+        self.console.annotate(lines.bar_words(window, lr))
+        if step == steps:  # the epoch's own line follows its last step
+            return
+        tracked = {f"train/{name}": value for name, value in window.means().items()} | _speed(window)
+        tracked |= {"epoch": self.epoch_number - 1 + step / steps, "global_step": progress.global_step, "lr": lr}
+        self.tracking.log(tracked, progress.global_step)
+        mark = max(-(-steps // LINES), STEPS)
+        if self.config.log_interval is not None or step // mark != (step - window.steps) // mark:
+            self.window = None
+            self.console.progress(f"{self.where}  {lines.step_line(step, steps, since, self.whole, lr)}")
+
+    def trained(self) -> None:
+        """The epoch's last step is done: its line of losses, its times by rank in the logs, and who is slow."""
+        assert self.whole is not None
+        self.console.close_bar()
+        self.watch.end()
+        self.training = time.perf_counter() - self.started
+        self.say(f"{self.where}  {lines.train_line(self.whole, self.training)}")
+        for line in lines.rank_lines(self.whole):
+            self.console.logger.info(f"{self.where}  {line}")
+        if slow := lines.slow_ranks(self.whole):
+            self.say(slow)
+
+    def no_time_left(self, hours: float | None) -> bool:
+        """Whether another epoch as long as this one would end after so many hours: the main process's clock decides."""
+        now = time.perf_counter()
+        late = hours is not None and now - self.begun + (now - self.started) > hours * 3600
+        return on_main(self.accelerator, lambda: late)
+
+    def epoch(self, state: TrainState, result: Evaluation | None, truth: dict[str, Any], last: bool) -> None:
+        """The epoch's lines of metrics, where it was validated; its row in results.csv; pictures; its point in the
+        trackers.
+
+        Args:
+            state: after the epoch; gets the row.
+            result: of the validation, if there was one.
+            truth: COCO ground truth.
+            last: whether this may be the last epoch.
+        """
+        assert self.whole is not None
+        seconds, val = time.perf_counter() - self.started, self.config.val_name
+        state.rows.append(epoch_row(state, self.whole, seconds, self.training, result, self.config))
+        if result:
+            best = f"best AP {state.best_ap:.4g} in epoch {state.best_epoch + 1}"
+            self.say(f"{self.where}  {lines.val_line(val, result, best)}")
+            self.timing(result)
+        self.results.table(state.rows)
+        if self.draws and (last or time.perf_counter() - self.drawn > DRAWN):
+            draw_results(state.rows, val, self.folder / "results.png")
+            if result:
+                same = [(image, "") for image in same_images(truth)]
+                draw_page(result.detections, truth, same, self.folder / "val_batch.jpg")
+            self.drawn = time.perf_counter()
+        if self.accelerator.is_main_process:
+            self.tracking.epoch(state, _speed(self.whole), result, truth, last)
+
+    def finish(self, state: TrainState) -> None:
+        """Finish the trackers, the watch and the logs."""
+        self.tracking.close(state)
+        self.close()
+
+
+def _speed(window: Window) -> dict[str, float]:
+    """Throughput of all ranks, seconds a step of the slowest and the median rank, longest data wait, gradient norm."""
+    norm = {"train/grad_norm": window.grad_norm} if math.isfinite(window.grad_norm) else {}
+    return norm | {
+        "speed/images_per_s": window.images / max(window.seconds),
+        "speed/step_slowest_rank": max(window.seconds) / window.steps,
+        "speed/step_median_rank": statistics.median(window.seconds) / window.steps,
+        "speed/data_wait_worst_rank": max(window.waits) / window.steps,
+        "speed/memory_gb_worst_rank": max(window.memory) / 1e9,
+    }

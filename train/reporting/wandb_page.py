@@ -1,0 +1,95 @@
+"""The page of a run on Weights & Biases: charts, tables, images with boxes, model versions."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import wandb
+
+from train.evaluation.coco import COLUMNS, diagnose
+from train.evaluation.evaluate import Evaluation
+from train.reporting.plots import CONFIDENCE, Box, boxes_on, same_images, small_picture
+from train.training.state import TrainState
+
+
+def charts(rows: list[dict[str, Any]], val: str) -> dict[str, Any]:
+    """Train and validation loss in one chart for each loss."""
+    shown = {}
+    for name in (key.removeprefix("train/") for key in rows[0] if key.startswith("train/")):
+        measured = [row for row in rows if row[f"{val}/{name}"] is not None]
+        xs = [[row["epoch"] for row in rows], [row["epoch"] for row in measured]]
+        ys = [[row[f"train/{name}"] for row in rows], [row[f"{val}/{name}"] for row in measured]]
+        shown[f"losses/{name}"] = wandb.plot.line_series(xs, ys, keys=["train", val], title=name, xname="epoch")
+    return shown
+
+
+def tables(result: Evaluation, truth: dict[str, Any], val: str) -> dict[str, Any]:
+    """AP by class, precision-recall curves, the confusion matrix, and images with truth and detections as boxes."""
+    by_class = [[name, *(values[c] for c in COLUMNS)] for name, values in result.per_class.items()]
+    shown: dict[str, Any] = {f"{val}/per_class": wandb.Table(columns=["class", *COLUMNS], data=by_class)}
+    by_id = {category["id"]: category["name"] for category in truth["categories"]}
+    names = [by_id[id_] for id_ in result.curves.category_ids]
+    curves = [
+        [name, round(i / 20, 2), float(precision[i * 5])]
+        for name, precision in zip(names, result.curves.pr, strict=True)
+        for i in range(21)
+        if precision[0] >= 0
+    ]
+    shown[f"{val}/PR_curve"] = wandb.plot_table(
+        "wandb/area-under-curve/v0", wandb.Table(columns=["class", "recall", "precision"], data=curves),
+        {"x": "recall", "y": "precision", "class": "class"},
+        {"title": "Precision-recall at IoU 0.50", "x-axis-title": "Recall", "y-axis-title": "Precision"},
+    )  # fmt: skip
+    if diagnosis := diagnose(truth, result.detections):
+        labels = [*names, "background"]
+        counts = [
+            [labels[i], labels[j], int(count)] for (i, j), count in np.ndenumerate(diagnosis["confusion"]) if count
+        ]
+        shown[f"{val}/confusion_matrix"] = wandb.plot_table(
+            "wandb/confusion_matrix/v1", wandb.Table(columns=["Actual", "Predicted", "nPredictions"], data=counts),
+            {"Actual": "Actual", "Predicted": "Predicted", "nPredictions": "nPredictions"},
+            {"title": f"Confusion at confidence {CONFIDENCE}"},
+        )  # fmt: skip
+    pictures = []
+    for image in same_images(truth):
+        marks, found = boxes_on(image, truth, result.detections)
+        boxes = {
+            kind: {"box_data": [_wandb_box(mark, image, by_id) for mark in some], "class_labels": by_id}
+            for kind, some in (("truth", marks), ("detections", found))
+        }
+        picture = small_picture(image["file_name"])
+        if picture is not None:
+            shot = wandb.Image(picture, boxes=boxes, caption=Path(image["file_name"]).name, file_type="jpg")
+            pictures.append([Path(image["file_name"]).name, shot, len(marks), len(found)])
+    shown[f"{val}/examples"] = [picture[1] for picture in pictures]  # a panel with a slider over the epochs
+    shown[f"{val}/images"] = wandb.Table(columns=["file", "image", "boxes", "detections"], data=pictures)
+    return shown
+
+
+def _wandb_box(mark: Box, image: dict, names: dict[int, str]) -> dict[str, Any]:
+    """A box (ltwh in the image's pixels) as W&B has it: corners as shares of the image."""
+    (x, y, w, h), category, score = mark
+    across, down = image["width"], image["height"]
+    position = {"minX": x / across, "maxX": (x + w) / across, "minY": y / down, "maxY": (y + h) / down}
+    box: dict[str, Any] = {"position": position, "class_id": category, "box_caption": names[category]}
+    if score is not None:
+        box |= {"scores": {"score": score}, "box_caption": f"{names[category]} {score:.2f}"}
+    return box
+
+
+def first_pictures(folder: Path) -> dict[str, Any]:
+    """The labels and the first training batches."""
+    batches = [wandb.Image(str(file)) for file in sorted(folder.glob("train_batch*.jpg"))]
+    shown: dict[str, Any] = {"train/batches": batches} if batches else {}
+    if (folder / "labels.png").exists():
+        shown["train/labels"] = wandb.Image(str(folder / "labels.png"))
+    return shown
+
+
+def log_model(run: Any, weights: Path, state: TrainState) -> None:
+    """best.pt and last.pt as versions of one model artifact."""
+    for name, epoch in (("last", state.epoch + 1), ("best", state.best_epoch + 1)):
+        metadata = {"epoch": epoch} | ({"AP": state.best_ap} if name == "best" else {"AP": state.last_ap})
+        artifact = wandb.Artifact(f"model-{run.id}", type="model", metadata=metadata)
+        artifact.add_file(str(weights / f"{name}.pt"), policy="immutable")  # the file itself, no copy
+        run.log_artifact(artifact, aliases=[name, f"epoch-{epoch}"])

@@ -1,0 +1,104 @@
+"""What a run is made of, saved so that `ultralytics.YOLO` loads it and a killed run goes on."""
+
+import math
+import os
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from ultralytics.nn.tasks import DetectionModel
+
+from train.config.errors import InputError
+from train.config.options import TrainConfig
+from train.evaluation.evaluate import Evaluation
+from train.model.build import ModelEMA
+from train.model.loss import end_of_epoch
+from train.model.weights import as_checkpoint
+from train.processes.files import whole_file
+
+
+@dataclass
+class TrainState:
+    """What a run is made of between two epochs, beside its configuration and data."""
+
+    detector: DetectionModel
+    model: nn.Module  # the detector, as Accelerate prepared it
+    ema: ModelEMA
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler | None
+    rows: list[dict[str, Any]] = field(default_factory=list)  # of results.csv
+    epoch: int = -1  # the last one that is finished
+    best_epoch: int = -1  # none yet
+    best_fitness: float = -math.inf
+    best_ap: float = -1.0
+    last_ap: float = -1.0  # of the last validation
+    wandb_id: str = ""  # of the W&B run, which a resumed training goes on with
+
+    def note(self, result: Evaluation) -> None:
+        """Take over what the validation of the epoch that has just finished says of the best epoch."""
+        self.last_ap = result.metrics["AP"]
+        if result.fitness > self.best_fitness:
+            self.best_epoch, self.best_fitness, self.best_ap = self.epoch, result.fitness, result.metrics["AP"]
+
+    def save(self, config: TrainConfig, result: Evaluation | None, folder: Path) -> None:
+        """Write last.pt for Ultralytics, best.pt where this epoch is the best, and state.pt to resume from.
+
+        Args:
+            config: with what validation depends on resolved; kept in the checkpoints.
+            result: of this epoch, where it was validated.
+            folder: where to.
+
+        Raises:
+            InputError: the disk is full, or the folder cannot be written.
+        """
+        metrics = {f"{config.val_name}/{name}": value for name, value in result.metrics.items()} if result else {}
+        checkpoint = as_checkpoint(self.ema.ema, asdict(config), self.epoch, metrics)
+        checkpoint["wandb_id"] = self.wandb_id
+        plain = ("rows", "epoch", "best_epoch", "best_fitness", "best_ap", "last_ap", "wandb_id")
+        state = {name: getattr(self, name) for name in plain}
+        state |= {"model": self.detector.state_dict(), "ema": self.ema.ema.state_dict(), "updates": self.ema.updates}
+        state |= {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler and self.scaler.state_dict()}
+        try:
+            with whole_file(folder / "last.pt") as draft:
+                torch.save(checkpoint, draft)
+            if self.best_epoch == self.epoch:
+                with whole_file(folder / "best.pt") as draft:
+                    try:
+                        os.link(folder / "last.pt", draft)
+                    except OSError:  # a file system without links
+                        shutil.copyfile(folder / "last.pt", draft)
+            with whole_file(folder / "state.pt") as draft:
+                torch.save(state, draft)
+        except (OSError, RuntimeError) as error:  # RuntimeError: how torch's writer says that the disk is full
+            free = shutil.disk_usage(folder).free / 1e9
+            raise InputError(
+                f"The checkpoint of epoch {self.epoch + 1} could not be written to {folder}, where {free:.2f} GB are "
+                f"free ({str(error).splitlines()[0]}). Free some space, or name another disk with --project."
+            ) from None
+
+    def load(self, file: Path) -> None:
+        """Take over what state.pt holds. It is plain tensors and values and is read as such."""
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        self.detector.load_state_dict(state.pop("model"))
+        self.ema.ema.load_state_dict(state.pop("ema"))
+        self.ema.updates = state.pop("updates")
+        self.optimizer.load_state_dict(state.pop("optimizer"))
+        if (scaler := state.pop("scaler")) and self.scaler:
+            self.scaler.load_state_dict(scaler)
+        for name, value in state.items():
+            setattr(self, name, value)
+        for _ in range(self.epoch + 1):
+            end_of_epoch(self.detector)
+
+
+def check_resume(config: TrainConfig) -> None:
+    """Raise InputError where the run cannot be gone on with."""
+    if not config.resume:
+        return
+    weights = Path(config.resume) / "weights"
+    missing = [name for name in ("last.pt", "state.pt") if not (weights / name).is_file()]
+    if missing:
+        raise InputError(f"--resume {config.resume}: there is no {weights / missing[0]}; no epoch was finished there.")
