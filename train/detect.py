@@ -58,8 +58,8 @@ def main(config: TrainConfig) -> None:
     train_files = data.images("train", config.fraction, repeats=True)
     report.say(f"reading the labels of {len(train_files)} train images and of {config.split}")
     report.watch.begin("reading labels")
-    train_labels, train_faults = scan(train_files, data.names, config, accelerator)
-    val_labels, truth, val_faults = read_truth(data, config, accelerator)
+    train_labels, train_faults = scan(train_files, data.names, config, accelerator, counted=report.reading)
+    val_labels, truth, val_faults = read_truth(data, config, accelerator, report.reading)
     report.watch.end()
     check_usable(data.name, train_labels, val_labels, train_faults + val_faults, config.strict)
 

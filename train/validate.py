@@ -62,7 +62,7 @@ def main(config: ValConfig) -> None:
         raise InputError(f"{config.weights} knows {len(model.names)} classes, {data.name} names {len(data.names)}.")
     report.say(f"reading the labels of {config.split}")
     report.watch.begin("reading labels")
-    labels, truth, faults = read_truth(data, config, accelerator)
+    labels, truth, faults = read_truth(data, config, accelerator, report.reading)
     report.watch.end()
     check_usable(data.name, None, labels, faults)
     val_set = ValSet(labels, data.names, data.channels, config.imgsz, stride, config.rect is not False)
@@ -110,7 +110,7 @@ def measure_file(config: ValConfig, accelerator: Accelerator, report: Report) ->
     """Measure detections that are already there; no model is needed."""
     if config.data:
         data = once_per_machine(accelerator, lambda: find_data(config.data, config.single_cls))
-        labels, truth, faults = read_truth(data, config, accelerator)
+        labels, truth, faults = read_truth(data, config, accelerator, report.reading)
         check_usable(data.name, None, labels, faults)
     else:
         truth = read_annotations(config.annotations)

@@ -9,6 +9,7 @@ import select
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -143,12 +144,31 @@ def test_a_terminal_gets_one_live_bar_and_finished_lines_above(shapes: Path, tmp
     bars = [part for part in re.split(r"[\r\n]", said) if "epoch 1/2:" in part and "step" in part]
     assert len(bars) >= 5
     assert any(re.search(r"4/5 \[.*<.*box [\d.]+ .*lr \S+ \d+ images/s\]", bar) for bar in bars)  # with ETA
+    parts = re.split(r"[\r\n]", said)
+    for bar, count in (("reading labels", 40), ("reading labels", 21), ("validating", r"\d")):
+        assert any(re.match(rf"(\x1b\[\w*)*{bar}: .*/{count} \[", part) for part in parts), bar
     assert "\x1b[33mwarning: --sync-bn is ignored" in said
     assert "epoch 1/2  train  box" in said
     log = (tmp_path / "runs" / "detect" / "exp" / "logs" / "rank0.log").read_text()
     assert "\r" not in log
     assert "\x1b" not in log
     assert "epoch 1/2  step 3/5" in log
+
+
+def test_a_bar_for_what_is_counted_and_nothing_elsewhere(capsys):
+    def slow() -> Iterator[int]:
+        for i in range(3):
+            time.sleep(0.12)  # the bar moves every tenth of a second
+            yield i
+
+    for progress in ("bar", "lines"):
+        one = Report(Accelerator(cpu=True), TrainConfig(progress=progress))
+        assert list(one.reading(slow(), 3)) == [0, 1, 2]
+        one.say("a line")
+        one.close()
+        said = capsys.readouterr().out
+        assert ("2/3 [" in said) == (progress == "bar")
+        assert said.endswith("a line\n")
 
 
 def test_lines_on_a_terminal_without_colour(shapes: Path, tmp_path: Path):

@@ -3,10 +3,11 @@
 import hashlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from accelerate import Accelerator
@@ -17,6 +18,13 @@ from train.config.errors import InputError
 from train.config.options import EvalConfig
 from train.data.formats import Labels, read_image
 
+Counted = Callable[[Iterable[Any], int], Iterable[Any]]
+
+
+def uncounted(items: Iterable[Any], total: int) -> Iterable[Any]:
+    """The items, without a word on how far they have come."""
+    return items
+
 
 def scan(
     files: list[str],
@@ -24,11 +32,21 @@ def scan(
     config: EvalConfig,
     accelerator: Accelerator,
     chosen: Sequence[int] | None = None,
+    counted: Counted = uncounted,
 ) -> tuple[list[Labels], list[str]]:
     """Read all labels of a split, or of the chosen images in it, each rank a share of them (collective).
 
-    Returns the usable images in the order of `files`, and one sentence for each that is left out. Nothing is written
-    to the data folder.
+    Args:
+        files: image paths of the whole split.
+        names: class names by class index.
+        config: the classes that count.
+        accelerator: of the run.
+        chosen: indices of the images that are wanted; unset takes all.
+        counted: is given this rank's images and their number, and hands them on while it shows how far they have come.
+
+    Returns:
+        the usable images in the order of `files`, and one sentence for each that is left out. Nothing is written to
+        the data folder.
     """
     chosen = range(len(files)) if chosen is None else chosen
     classes = sys.maxsize if config.single_cls else len(names)
@@ -37,7 +55,8 @@ def scan(
         raise InputError(f"The machines do not see the same files: here {len(files)} images, first {files[0]}.")
     label_files, ids = img2label_paths(files), image_ids(files)
     with ThreadPool(min(8, os.cpu_count() or 1)) as pool:
-        mine = pool.map(lambda i: (i, read_image(files[i], label_files[i], ids[i], classes)), share)
+        read = pool.imap(lambda i: (i, read_image(files[i], label_files[i], ids[i], classes)), share, chunksize=16)
+        mine = list(counted(read, len(share)))
     found = [
         entry for _, entry in sorted((pair for part in gather_object([mine]) for pair in part), key=lambda p: p[0])
     ]

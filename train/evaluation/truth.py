@@ -14,7 +14,7 @@ from train.config.errors import InputError
 from train.config.options import EvalConfig
 from train.data.files import DataFiles
 from train.data.formats import Labels
-from train.data.scan import scan, subset
+from train.data.scan import Counted, scan, subset, uncounted
 
 
 def ground_truth(
@@ -164,10 +164,10 @@ def read_predictions(file: str, truth: dict[str, Any]) -> np.ndarray:
 
 
 def read_truth(
-    data: DataFiles, config: EvalConfig, accelerator: Accelerator
+    data: DataFiles, config: EvalConfig, accelerator: Accelerator, counted: Counted = uncounted
 ) -> tuple[list[Labels], dict[str, Any], list[str]]:
     """Labels and COCO truth of the images that are validated on, and what is wrong with the others (collective)."""
     files = data.images(config.split)
     chosen = subset(len(files), config.val_fraction, config.val_limit)
-    labels, faults = scan(files, data.names, config, accelerator, chosen)
+    labels, faults = scan(files, data.names, config, accelerator, chosen, counted)
     return *ground_truth(labels, data.names, config), faults

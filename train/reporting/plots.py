@@ -9,6 +9,7 @@ import cv2
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from ultralytics.utils.metrics import ConfusionMatrix, plot_mc_curve, plot_pr_curve
 from ultralytics.utils.patches import imread
@@ -203,6 +204,7 @@ def draw_results(rows: list[dict[str, Any]], val: str, file: Path) -> None:
             panel.plot(*zip(*measured, strict=True), marker=".", label=label) if measured else None
         panel.set_title(title)
         panel.set_xlabel("epoch")
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         panel.grid(alpha=0.3)
         if len(columns) > 1 and panel.lines:
             panel.legend()

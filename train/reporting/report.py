@@ -3,7 +3,7 @@
 All ranks call these methods at the same places with the same numbers; the main process alone prints, writes and draws.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -65,10 +65,14 @@ class Report:
         self.say(f"processes  {processes(ranks)} on {name}{threads}{backend}")
         self.say(f"precision  {accelerator.mixed_precision.replace('no', 'fp32')} ({precision}){order}")
 
+    def reading(self, images: Iterable[Any], total: int) -> Iterator[Any]:
+        """The images whose labels this rank reads, under a bar on a terminal."""
+        return self.console.counted(images, total, "reading labels", "image")
+
     def watched(self, loader: DataLoader, silent: str) -> Iterator[dict[str, Any]]:
-        """The loader's batches, noting how far this rank has come; for work that says nothing itself."""
+        """The loader's batches, under a bar on a terminal, noting how far this rank has come."""
         self.watch.begin(silent, progress=True)
-        for i, batch in enumerate(loader):
+        for i, batch in enumerate(self.console.counted(loader, len(loader), silent, "batch")):
             self.watch.at(i, 1, f"batch {i + 1}, {silent}")
             yield batch
         self.watch.begin(silent)  # gather and metric: no progress to see
