@@ -12,6 +12,7 @@ from train.data.shapes import draw_shapes
 ROOT = Path(__file__).resolve().parent.parent
 DETECT = ROOT / "train" / "detect.py"
 VALIDATE = ROOT / "train" / "validate.py"
+TINY = ROOT / "tests" / "fixtures" / "tiny.yaml"  # a model of 40,000 weights
 
 
 def launch(

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -13,7 +14,8 @@ import cv2
 import pytest
 import torch
 
-from tests.conftest import DETECT, launch, succeed
+from tests.conftest import DETECT, ROOT, TINY, VALIDATE, launch, succeed
+from train.data.shapes import draw_shapes
 from train.evaluation.coco import METRICS
 from train.processes.files import new_folder
 
@@ -138,6 +140,39 @@ def test_a_killed_run_resumes_and_ends_with_the_weights_it_would_have_had(tmp_pa
     assert a["updates"] == b["updates"]
     assert [row["train/box_loss"] for row in rows(whole)] == [row["train/box_loss"] for row in rows(killed)]
     assert (whole / "metrics.json").read_bytes() == (killed / "metrics.json").read_bytes()
+
+
+def test_a_run_of_an_older_commit_validates_and_resumes_with_more_epochs_and_processes(tmp_path: Path):
+    kept, folder = ROOT / "tests" / "fixtures" / "run", tmp_path / "runs" / "detect" / "exp"
+    shutil.copytree(kept, folder)  # trained on one process, at the last commit before the house was rebuilt
+    data = draw_shapes(tmp_path, {"train": 40, "val": 21})
+    best = folder / "weights" / "best.pt"
+    succeed(1, VALIDATE, "--weights", best, "--data", data, "--save-dir", tmp_path / "val", "--no-plots", cwd=tmp_path)
+    then, now = (json.loads((place / "metrics.json").read_text()) for place in (kept, tmp_path / "val"))
+    assert now["AP"] == pytest.approx(then["AP"], abs=1e-3)
+    assert (now["images"], now["boxes"], list(now["per_class"])) == (21, 57, ["circle", "square", "triangle"])
+    console = succeed(2, DETECT, "--resume", "runs/detect/exp", "--epochs", 62, cwd=tmp_path)
+    assert "tiny.yaml, resumed after epoch 60" in console
+    before, after = rows(kept), rows(folder)
+    assert after[:60] == before
+    assert [row["epoch"] for row in after[60:]] == ["61", "62"]
+    for row in after[60:]:
+        assert float(row["train/box_loss"]) == pytest.approx(float(before[-1]["train/box_loss"]), rel=0.2)
+
+
+def test_own_code_in_the_loop_runs_on_every_process(tmp_path: Path, shapes: Path):
+    story = DETECT.read_text()
+    for place, code in (
+        ("        # Your own code for a batch goes here.", "print(f'share {len(batch[\"img\"])}', flush=True)"),
+        ("        # Your own code for an epoch goes here.", "report.say(f'own {result.images}')"),
+    ):
+        assert story.count(place) == 1
+        story = story.replace(place, f"        {code}\n{place}")
+    (tmp_path / "own.py").write_text(story)
+    options = [*BARE, "--model", TINY, "--epochs", 1, "--trackers", "none"]
+    console = succeed(2, tmp_path / "own.py", "--data", shapes, *options, cwd=tmp_path)
+    assert console.count("share 4\n") == 2 * 5  # ranks, batches
+    assert console.count("own 21\n") == 1
 
 
 def test_time_is_kept_to(tmp_path: Path, shapes: Path):
