@@ -11,6 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+try:
+    import hotcoco
+except ImportError:  # then pycocotools does what both can do
+    hotcoco = None  # type: ignore[assignment]
 
 # COCOeval.stats in its order
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
@@ -81,8 +88,6 @@ def coco_metrics(
 
 def _hotcoco(truth: dict[str, Any], detections: np.ndarray, max_dets: list[int]) -> Any:
     """hotcoco's evaluator after matching. Matched in chunks of images it needs half the memory, for the same bits."""
-    import hotcoco
-
     params = hotcoco.Params("bbox")
     params.maxDets = max_dets
     stream = hotcoco.StreamingEval(truth["categories"], "bbox", params=params)
@@ -99,9 +104,6 @@ def _hotcoco(truth: dict[str, Any], detections: np.ndarray, max_dets: list[int])
 
 def _pycocotools(truth: dict[str, Any], detections: np.ndarray, max_dets: list[int]) -> Any:
     """pycocotools' evaluator after matching."""
-    from pycocotools.coco import COCO
-    from pycocotools.cocoeval import COCOeval
-
     coco = COCO()
     # its index and results write into the annotations
     coco.dataset = truth | {"annotations": [dict(annotation) for annotation in truth["annotations"]]}
@@ -153,9 +155,7 @@ def diagnose(truth: dict[str, Any], detections: np.ndarray, confidence: float = 
         category ids; `tide`: AP50 lost by kind of error, over all detections; `images`: true and false positives,
         misses and F1 by image id.
     """
-    try:
-        import hotcoco
-    except ImportError:
+    if hotcoco is None:
         return None
     with contextlib.redirect_stdout(io.StringIO()):
         coco = hotcoco.COCO(truth)

@@ -1,7 +1,7 @@
 """Experiment trackers: all of Accelerate's get the numbers, the W&B run also tables, charts and pictures.
 
 Only the main process tracks. Whatever fails here is one warning; it neither ends a training nor keeps it waiting.
-W&B takes half a second to import, so its modules are imported where it is used.
+W&B takes 0.3 s to import, so its modules are imported where it is used.
 """
 
 import contextlib
@@ -73,7 +73,7 @@ class Tracking:
             if name == "wandb":
                 self.warming.join()
                 try:
-                    from train.reporting import wandb_start  # imports W&B: 0.5 s
+                    from train.reporting import wandb_start  # imports W&B: 0.3 s
 
                     attempts, reason = wandb_start.attempts(self.config, self.folder, wandb_id)
                 except Exception as error:
@@ -126,7 +126,7 @@ class Tracking:
     def epoch(
         self, state: TrainState, speed: dict[str, float], result: Evaluation | None, truth: dict[str, Any], last: bool
     ) -> None:
-        """An epoch's numbers, and at most RICH times a run what W&B shows beyond numbers. Main process only.
+        """An epoch's numbers, and at most RICH times a run what W&B shows beyond numbers.
 
         Args:
             state: after the epoch, whose row it has.
@@ -145,7 +145,7 @@ class Tracking:
 
     def _show(self, state: TrainState, result: Evaluation | None, truth: dict[str, Any], last: bool) -> None:
         """What W&B shows beyond numbers, with the epoch's row."""
-        from train.reporting import wandb_page  # imports W&B: 0.5 s
+        from train.reporting import wandb_page  # imports W&B: 0.3 s
 
         rows, val = state.rows, self.config.val_name
         epoch = rows[-1]["epoch"]
@@ -163,7 +163,7 @@ class Tracking:
     def close(self, state: TrainState | None) -> None:
         """Hand best.pt and last.pt to W&B as versions of one model, and finish the trackers."""
         if self.run is not None and state is not None:
-            from train.reporting import wandb_page  # imports W&B: 0.5 s
+            from train.reporting import wandb_page  # imports W&B: 0.3 s
 
             self._safely(lambda: wandb_page.log_model(self.run, self.folder / "weights", state))
         self._safely(self.accelerator.end_training)
@@ -172,7 +172,7 @@ class Tracking:
 def _warm() -> None:
     """What takes long the first time: a second, that nobody needs to wait for."""
     with contextlib.suppress(Exception):  # it comes again where it is told
-        import wandb
+        import wandb  # 0.3 s
 
         wandb.setup()
 

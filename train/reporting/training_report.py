@@ -152,8 +152,7 @@ class TrainingReport(Report):
                 same = [(image, "") for image in same_images(truth)]
                 draw_page(result.detections, truth, same, self.folder / "val_batch.jpg")
             self.drawn = time.perf_counter()
-        if self.accelerator.is_main_process:
-            self.tracking.epoch(state, _speed(self.whole), result, truth, last)
+        self.tracking.epoch(state, _speed(self.whole), result, truth, last)
 
     def finish(self, state: TrainState) -> None:
         """Finish the trackers, the watch and the logs."""
