@@ -3,10 +3,13 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
+from tests.hashes import quick
 from train.data.shapes import draw_shapes
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,10 +46,50 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return draw_shapes(tmp_path_factory.mktemp("small"), {"train": 40, "val": 21})
 
 
+def once(name: str, factory: pytest.TempPathFactory, make: Callable[[Path], None]) -> Path:
+    """A folder that one of pytest-xdist's workers fills and all use."""
+    base = factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            folder.mkdir()
+            make(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder whose best.pt has learnt something: the built-in shapes, one process."""
-    folder = tmp_path_factory.mktemp("trained")
-    recipe = "--imgsz 160 --epochs 8 --batch 16 --nbs 16 --warmup-epochs 1 --mosaic 0 --val-interval 4 --trackers none"
-    succeed(1, DETECT, *recipe.split(), "--mixed-precision", "auto", cwd=folder, OMP_NUM_THREADS="2")
-    return folder / "runs" / "detect" / "exp"
+
+    def train(folder: Path) -> None:
+        options = f"{quick()} --epochs 5 --val-interval 5 --trackers none --mixed-precision auto --no-plots"
+        succeed(1, DETECT, *options.split(), cwd=folder)
+
+    return once("trained", tmp_path_factory, train) / "runs" / "detect" / "exp"
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory: pytest.TempPathFactory, shapes: Path) -> dict[int, tuple[Path, str]]:
+    """The same short training on 1, 2 and 4 processes: (run folder, console)."""
+
+    def train(folder: Path) -> None:
+        options = "--imgsz 64 --epochs 2 --batch 8 --nbs 8 --warmup-epochs 0 --workers 0 --trackers none"
+        for ranks in (1, 2, 4):
+            home = folder / str(ranks)
+            home.mkdir()
+            log = ["--log-interval", 2, "--log-file", home / "here" / "log.txt"]
+            console = succeed(ranks, DETECT, "--data", shapes, "--model", TINY, *options.split(), *log, cwd=home)
+            (home / "console.txt").write_text(console)
+
+    folder = once("runs", tmp_path_factory, train)
+    return {n: (folder / f"{n}/runs/detect/exp", (folder / f"{n}/console.txt").read_text()) for n in (1, 2, 4)}
+
+
+# Files in the order in which they start, the long ones first, so that pytest-xdist's workers end together.
+LONG = ("test_evaluate", "test_logs", "test_detect", "test_wandb", "test_validate", "test_mistakes", "test_parity")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first."""
+    order = {name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(LONG)))

@@ -20,18 +20,7 @@ from train.evaluation.coco import METRICS
 from train.processes.files import new_folder
 
 QUICK = "--imgsz 64 --epochs 2 --batch 8 --nbs 16 --warmup-epochs 1 --log-interval 1 --workers 1"
-BARE = [*QUICK.split(), "--no-plots"]
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory, shapes: Path) -> dict[int, tuple[Path, str]]:
-    """The same training on one process and on two: (run folder, console), by number of processes."""
-    done = {}
-    for ranks in (1, 2):
-        folder = tmp_path_factory.mktemp(f"ranks{ranks}")
-        console = succeed(ranks, DETECT, "--data", shapes, *QUICK.split(), cwd=folder)
-        done[ranks] = (folder / "runs" / "detect" / "exp", console)
-    return done
+BARE = [*QUICK.split(), "--model", TINY, "--no-plots"]
 
 
 def rows(folder: Path) -> list[dict[str, str]]:
@@ -43,7 +32,7 @@ def test_losses_of_one_process_and_two_agree(runs, trained: Path):
     assert [row["global_step"] for row in rows(runs[1][0])] == [row["global_step"] for row in rows(runs[2][0])]
     home = trained.parent.parent.parent  # has the built-in shapes
     for ranks in (1, 2):
-        options = "--imgsz 96 --epochs 1 --batch 32 --fraction 256 --trackers none --no-plots --val-limit 9 --mosaic 0"
+        options = "--imgsz 96 --epochs 1 --batch 32 --fraction 128 --trackers none --no-plots --val-limit 9 --mosaic 0"
         succeed(ranks, DETECT, *options.split(), "--name", f"epoch{ranks}", cwd=home)
     (one,), (two,) = (rows(home / "runs" / "detect" / f"epoch{ranks}") for ranks in (1, 2))
     for name in ("train/box_loss", "train/cls_loss", "train/dfl_loss"):
@@ -83,10 +72,7 @@ def test_bad_input_is_one_message_and_nothing_is_written(tmp_path: Path, shapes:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_unknown_flags_and_batches_that_do_not_divide(tmp_path: Path, shapes: Path):
-    done = launch(1, DETECT, "--epoch", 3, cwd=tmp_path)
-    assert done.returncode == 2
-    assert "--epochs" in done.stderr  # the nearest known one
+def test_batches_that_do_not_divide(tmp_path: Path, shapes: Path):
     done = launch(2, DETECT, "--data", shapes, "--batch", 9, cwd=tmp_path)
     assert "--batch is 9; it must be divisible by the 2 processes, as 8 is." in done.stderr
 
@@ -163,13 +149,16 @@ def test_a_run_of_an_older_commit_validates_and_resumes_with_more_epochs_and_pro
 def test_own_code_in_the_loop_runs_on_every_process(tmp_path: Path, shapes: Path):
     story = DETECT.read_text()
     for place, code in (
-        ("        # Your own code for a batch goes here.", "print(f'share {len(batch[\"img\"])}', flush=True)"),
+        (
+            "        # Your own code for a batch goes here.",
+            "print(f'share {len(batch[\"img\"])}\\n', end='')",
+        ),
         ("        # Your own code for an epoch goes here.", "report.say(f'own {result.images}')"),
     ):
         assert story.count(place) == 1
         story = story.replace(place, f"        {code}\n{place}")
     (tmp_path / "own.py").write_text(story)
-    options = [*BARE, "--model", TINY, "--epochs", 1, "--trackers", "none"]
+    options = [*BARE, "--epochs", 1, "--trackers", "none"]
     console = succeed(2, tmp_path / "own.py", "--data", shapes, *options, cwd=tmp_path)
     assert console.count("share 4\n") == 2 * 5  # ranks, batches
     assert console.count("own 21\n") == 1

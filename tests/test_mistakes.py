@@ -244,7 +244,8 @@ def test_nothing_is_downloaded_or_installed(home: Path, tmp_path: Path):
     done = launch(2, DETECT, *options, cwd=home, **environment)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "SOCKET TO" not in done.stdout + done.stderr
-    assert "warning" not in done.stdout  # no key: W&B offline, without a question or a complaint
+    said = [line for line in done.stdout.splitlines() if not line.startswith("warning: slower than")]  # a busy machine
+    assert "warning" not in "\n".join(said)  # no key: W&B offline, without a question or a complaint
     assert len(list((tmp_path / "runs" / "exp" / "wandb").glob("offline-run-*"))) == 1
     weights = tmp_path / "runs" / "exp" / "weights" / "best.pt"
     done = launch(1, VALIDATE, "--weights", weights, "--save-dir", tmp_path / "val", cwd=home, **environment)

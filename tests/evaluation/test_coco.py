@@ -10,12 +10,10 @@ import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from train.config.errors import InputError
-from train.config.options import EvalConfig
 from train.data.formats import Labels
 from train.evaluation.coco import coco_metrics, diagnose, metric_names
 from train.evaluation.evaluate import _check_ids, _mean_losses
-from train.evaluation.truth import ground_truth, read_predictions
+from train.evaluation.truth import ground_truth
 from train.reporting.plots import worst_first
 
 
@@ -133,44 +131,11 @@ def test_what_goes_wrong_is_told_by_kind_and_image():
     assert [image["id"] for image, _ in worst_first(truth, diagnosis)][-1] == 0
 
 
-def test_a_results_file_is_read_and_checked(tmp_path: Path):
-    truth, rows = scene(5, 2)
-    content = [{"image_id": int(r[0]), "bbox": list(r[1:5]), "score": r[5], "category_id": int(r[6])} for r in rows]
-    file = tmp_path / "p.json"
-    file.write_text(json.dumps(content[::-1]))
-    read = read_predictions(str(file), truth)
-    assert coco_metrics(truth, read)[0]["AR100"] == coco_metrics(truth, rows)[0]["AR100"]
-    assert (np.diff(read[:, 0]) >= 0).all()
-    for wrong, message in (
-        ([content[0] | {"image_id": 7777}], "names image ids that the data set does not have, 1 of them: 7777"),
-        ([content[0] | {"category_id": 5}], "names category ids that the data set does not have, 1 of them: 5"),
-        ([{"bbox": [1, 2, 3, 4]}], "an entry has no 'image_id'"),
-        ([content[0] | {"bbox": [1, 2]}], "is not a COCO results file"),
-        ([content[0] | {"score": float("nan")}], "not a finite number"),
-        ({"images": 3}, "is not a COCO results file"),
-    ):
-        file.write_text(json.dumps(wrong))
-        with pytest.raises(InputError, match=message):
-            read_predictions(str(file), truth)
-    file.write_text("[]")
-    assert read_predictions(str(file), truth).shape == (0, 7)
-
-
 def test_the_same_loss_however_the_batches_are_dealt():
     batches = [(0, 4, [1.1, 2.2]), (4, 2, [0.3, 0.7]), (6, 1, [9.9, 3.1])]
     expected = _mean_losses(batches)
     assert expected == pytest.approx([(4.4 + 0.6 + 9.9) / 7, (8.8 + 1.4 + 3.1) / 7])
     assert _mean_losses(batches[::-1]) == _mean_losses([batches[1], batches[0], batches[2]]) == expected
-
-
-def test_ground_truth_is_in_original_pixels():
-    labels = [Labels("7.jpg", 7, (100, 200), np.array([1.0]), np.array([[0.5, 0.5, 0.2, 0.4]]), [])]
-    _, truth = ground_truth(labels, {0: "a", 1: "b"})
-    (annotation,) = truth["annotations"]
-    assert annotation["bbox"] == pytest.approx([80, 30, 40, 40])
-    assert annotation["area"] == pytest.approx(1600)
-    assert (annotation["image_id"], annotation["category_id"], annotation["id"]) == (7, 1, 1)
-    assert truth["images"] == [{"id": 7, "file_name": "7.jpg", "width": 200, "height": 100}]
 
 
 def test_missing_and_repeated_images_are_an_error_with_their_ids():
@@ -193,35 +158,3 @@ def test_pycocotools_is_a_path_of_its_own(tmp_path: Path):
     )
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert float(said) == coco_metrics(truth, rows)[0]["AP"]
-
-
-def test_an_annotation_file_is_checked_and_matched_by_folder(tmp_path: Path):
-    config = EvalConfig(annotations=str(tmp_path / "truth.json"))
-    labels = [Labels(f"/data/cam{i}/1.jpg", i, (100, 100), np.zeros(1), np.zeros((1, 4)), []) for i in (1, 2)]
-    content: dict = {
-        "images": [{"id": 10 + i, "file_name": f"cam{i}/1.jpg", "width": 100, "height": 100} for i in (1, 2)],
-        "annotations": [{"image_id": 12, "category_id": 5, "bbox": [1, 2, 30, 40]}],
-        "categories": [{"id": 5, "name": "a"}],
-    }
-
-    def read(**changes: list) -> tuple[list[Labels], dict]:
-        Path(config.annotations).write_text(json.dumps(content | changes))
-        return ground_truth(labels, {0: "a"}, config)
-
-    found, truth = read()
-    assert [entry.image_id for entry in found] == [11, 12]
-    assert [(a["image_id"], a["area"], a["iscrowd"]) for a in truth["annotations"]] == [(12, 1200, 0)]
-    same = [image | {"file_name": "1.jpg"} for image in content["images"]]
-    broken = content["annotations"][0]
-    for changes, message in (
-        ({"images": same}, "two images of the split|lacks"),
-        ({"images": content["images"][1:]}, "two images of the split are one"),
-        ({"images": [content["images"][0]] * 2}, "an id twice among its images"),
-        ({"annotations": [broken | {"bbox": [1, 2, 3, 4, 5]}]}, "not four numbers"),
-        ({"annotations": [broken | {"bbox": [1, 2, 3, float("nan")]}]}, "not four numbers"),
-        ({"annotations": [broken | {"category_id": 6}]}, "category 6, which the file does not list"),
-        ({"categories": [{"id": 5, "name": "b"}]}, "has no category named a"),
-        ({"images": 3}, "is not a COCO annotation file"),
-    ):
-        with pytest.raises(InputError, match=message):
-            read(**changes)

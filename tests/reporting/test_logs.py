@@ -12,31 +12,16 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-import torch
 from accelerate import Accelerator
 
-from tests.conftest import DETECT, ROOT, launch, succeed
+from tests.conftest import DETECT, ROOT, TINY, launch, succeed
 from train.config.options import TrainConfig
-from train.processes import watch
-from train.processes.watch import Watch
 from train.reporting.console import NO_TERMINAL
 from train.reporting.report import Report
 
 FAULTY = ROOT / "tests" / "workers" / "faulty.py"
-QUICK = "--imgsz 64 --epochs 2 --batch 8 --nbs 8 --warmup-epochs 0 --workers 0 --trackers none"
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory, shapes: Path) -> dict[int, tuple[Path, str]]:
-    """The same training on 1, 2 and 4 processes: (run folder, console)."""
-    done = {}
-    for ranks in (1, 2, 4):
-        folder = tmp_path_factory.mktemp(f"logs{ranks}")
-        options = ["--data", shapes, *QUICK.split(), "--log-interval", 2, "--log-file", folder / "here" / "log.txt"]
-        options += ["--no-plots"]
-        done[ranks] = (folder / "runs" / "detect" / "exp", succeed(ranks, DETECT, *options, cwd=folder))
-    return done
+QUICK = ["--model", str(TINY), "--imgsz", "64", "--epochs", "2", "--batch", "8", "--nbs", "8"]
+QUICK += ["--warmup-epochs", "0", "--workers", "0", "--trackers", "none"]
 
 
 def structure(console: str) -> list[str]:
@@ -90,7 +75,7 @@ def test_results_csv(runs):
 
 
 def test_at_most_twelve_lines_an_epoch_by_default(shapes: Path, tmp_path: Path):
-    options = ["--data", shapes, *QUICK.split(), "--epochs", 1, "--batch", 1, "--nbs", 1, "--fraction", 100]
+    options = ["--data", shapes, *QUICK, "--epochs", 1, "--batch", 1, "--nbs", 1, "--fraction", 100]
     console = succeed(1, DETECT, "--data", shapes, *options[2:], "--no-plots", cwd=tmp_path)
     mine = [line for line in console.splitlines() if line.startswith(("epoch 1/1", "validation took", "warning"))]
     assert 4 <= len(mine) <= 12
@@ -99,7 +84,7 @@ def test_at_most_twelve_lines_an_epoch_by_default(shapes: Path, tmp_path: Path):
 
 
 def test_progress_off_and_levels(shapes: Path, tmp_path: Path):
-    options = ["--data", shapes, *QUICK.split(), "--epochs", 1, "--log-interval", 1, "--progress", "off", "--no-plots"]
+    options = ["--data", shapes, *QUICK, "--epochs", 1, "--log-interval", 1, "--progress", "off", "--no-plots"]
     console = succeed(2, DETECT, *options, "--log-level", "warning", cwd=tmp_path)
     assert " step " not in console
     assert "epoch 1/1  train" in console
@@ -139,7 +124,7 @@ def on_a_terminal(options: list[object], cwd: Path, **environment: str) -> str:
 
 
 def test_a_terminal_gets_one_live_bar_and_finished_lines_above(shapes: Path, tmp_path: Path):
-    options = ["--data", shapes, *QUICK.split(), "--log-interval", 1, "--sync-bn", "--no-plots"]
+    options = ["--data", shapes, *QUICK, "--log-interval", 1, "--sync-bn", "--no-plots"]
     said = on_a_terminal(options, tmp_path)
     bars = [part for part in re.split(r"[\r\n]", said) if "epoch 1/2:" in part and "step" in part]
     assert len(bars) >= 5
@@ -172,7 +157,7 @@ def test_a_bar_for_what_is_counted_and_nothing_elsewhere(capsys):
 
 
 def test_lines_on_a_terminal_without_colour(shapes: Path, tmp_path: Path):
-    options = ["--data", shapes, *QUICK.split(), "--epochs", 1, "--sync-bn", "--progress", "lines", "--no-plots"]
+    options = ["--data", shapes, *QUICK, "--epochs", 1, "--sync-bn", "--progress", "lines", "--no-plots"]
     said = on_a_terminal(options, tmp_path, NO_COLOR="1")
     assert "\x1b" not in said
     assert "\r" not in said.replace("\r\n", "\n")
@@ -206,7 +191,7 @@ def test_notebooks_and_forced_colours(monkeypatch, capsys):
 def faulty(kind: str, shapes: Path, cwd: Path, *options: object) -> tuple[subprocess.CompletedProcess, float]:
     """A training on two processes with something wrong on rank 1, and how long it took."""
     started = time.monotonic()
-    base = ["--data", shapes, *QUICK.split(), "--epochs", 1, "--log-interval", 1, "--no-plots", *options]
+    base = ["--data", shapes, *QUICK, "--epochs", 1, "--log-interval", 1, "--no-plots", *options]
     return launch(2, FAULTY, kind, 1, *base, cwd=cwd), time.monotonic() - started
 
 
@@ -248,41 +233,6 @@ def test_a_slow_rank_is_named(shapes: Path, tmp_path: Path):
     assert re.search(r"warning: slower than the median rank: rank 1 by \d+% \(data wait 0\.[1-9]", done.stdout)
 
 
-def test_long_silence_is_broken(monkeypatch):
-    monkeypatch.setattr(watch, "HEARTBEAT", 0.3)
-    lines: list[str] = []
-    one = Watch(0, 1, 600, lines.append)
-    one.begin("reading labels")
-    time.sleep(1.5)
-    one.end()
-    count = len(lines)
-    assert 2 <= count <= 5
-    assert re.fullmatch(r"still reading labels, \d s", lines[0])
-    time.sleep(0.8)
-    one.close()
-    assert len(lines) == count
-
-
-def test_the_verdict_names_who_is_behind_or_silent(monkeypatch):
-    monkeypatch.setattr(watch, "POSTED", 1.0)
-    store = torch.distributed.HashStore()
-    ranks = [Watch(rank, 3, 600, print) for rank in range(3)]
-    for rank, one in enumerate(ranks):
-        one.store = store
-        one.begin("training", progress=True)
-        one.at(4 if rank == 1 else 5, 1, f"forward of batch {5 if rank == 1 else 6}")
-    time.sleep(1.5)
-    verdict = ranks[0]._verdict(9)
-    assert "  rank 1 of 3, at forward of batch 5" in verdict
-    assert verdict.count("  rank ") == 1
-    ranks[2].close()  # its process no longer runs
-    verdict = ranks[0]._verdict(9)
-    assert "  rank 2 of 3; it does not answer and was last seen at forward of batch 6" in verdict
-    assert verdict.count("  rank ") == 1
-    ranks[0].close()
-    ranks[1].close()
-
-
 def test_a_killed_run_has_its_last_line(shapes: Path, tmp_path: Path):
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     command = [
@@ -290,7 +240,7 @@ def test_a_killed_run_has_its_last_line(shapes: Path, tmp_path: Path):
         str(DETECT),
         "--data",
         str(shapes),
-        *QUICK.split(),
+        *QUICK,
         "--epochs",
         "50",
         "--log-interval",

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.conftest import DETECT, launch, succeed
+from tests.conftest import DETECT, TINY, launch, succeed
 from tests.reporting.wandb_file import read
 
 QUICK = "--imgsz 160 --batch 8 --nbs 8 --warmup-epochs 0 --workers 0 --optimizer AdamW --lr0 1e-4"
@@ -150,7 +150,7 @@ def test_a_resumed_training_goes_on_with_its_run(tracked):
 
 
 # When W&B cannot be had -----------------------------------------------------------------------------------------------
-SHORT = [*["--imgsz", "64", "--batch", "20", "--epochs", "1", "--workers", "0", "--no-plots"]]
+SHORT = ["--model", str(TINY), "--imgsz", "64", "--batch", "20", "--epochs", "1", "--workers", "0", "--no-plots"]
 NO_NETWORK = """
 import socket
 def getaddrinfo(host, *args, **kwargs):

@@ -11,13 +11,19 @@ from tests.conftest import ROOT, succeed
 WORKER = ROOT / "tests" / "workers" / "parity.py"
 
 
-def trained(folder: Path, ranks: int, shapes: Path, *mode: str) -> list[dict]:
-    out = folder / f"{ranks}{''.join(mode)}"
-    succeed(ranks, WORKER, shapes, out, *mode, cwd=folder)
-    return [
-        {**json.loads((out / f"rank{rank}.json").read_text()), **torch.load(out / f"rank{rank}.pt")}
-        for rank in range(ranks)
-    ]
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, shapes: Path) -> dict[tuple[str, int], list[dict]]:
+    """What each rank saw and ended with, by mode of the worker and number of processes; one launch for each number."""
+    folder, found = tmp_path_factory.mktemp("parity"), {}
+    for ranks, modes in ((1, ("global", "local")), (2, ("global", "local", "ddp"))):
+        succeed(ranks, WORKER, shapes, folder / str(ranks), *modes, cwd=folder)
+        for mode in modes:
+            files = [folder / str(ranks) / mode / f"rank{rank}" for rank in range(ranks)]
+            found[mode, ranks] = [
+                {**json.loads(file.with_suffix(".json").read_text()), **torch.load(file.with_suffix(".pt"))}
+                for file in files
+            ]
+    return found
 
 
 def furthest(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
@@ -27,13 +33,8 @@ def furthest(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     return max(((a[key] - b[key]).norm() / b[key].norm().clamp(min=1e-12)).item() for key in floats)
 
 
-@pytest.fixture(scope="module")
-def one(tmp_path_factory: pytest.TempPathFactory, shapes: Path) -> dict:
-    return trained(tmp_path_factory.mktemp("one"), 1, shapes)[0]
-
-
-def test_two_processes_train_what_one_trains(one: dict, shapes: Path, tmp_path: Path):
-    first, second = trained(tmp_path, 2, shapes)
+def test_two_processes_train_what_one_trains(trained: dict[tuple[str, int], list[dict]]):
+    (one,), (first, second) = trained["global", 1], trained["global", 2]
     # ten batches; each rank saw its half of each, and together they are the batch of one process, pixel by pixel
     assert len(one["seen"]) == 10
     assert one["seen"][:5] != one["seen"][5:]  # another epoch, another order
@@ -50,9 +51,7 @@ def test_two_processes_train_what_one_trains(one: dict, shapes: Path, tmp_path: 
     assert furthest(*moved) <= 1e-3
 
 
-def test_the_local_normaliser_is_plain_ddp_over_ultralytics_loss(shapes: Path, tmp_path: Path):
-    ours = trained(tmp_path, 2, shapes, "--local")[0]
-    ddp = trained(tmp_path, 2, shapes, "--ddp")[0]
-    alone = trained(tmp_path, 1, shapes, "--local")[0]
+def test_the_local_normaliser_is_plain_ddp_over_ultralytics_loss(trained: dict[tuple[str, int], list[dict]]):
+    ours, ddp, alone = trained["local", 2][0], trained["ddp", 2][0], trained["local", 1][0]
     assert furthest(ours["model"], ddp["model"]) <= 1e-6
     assert furthest(ours["model"], alone["model"]) > 1e-4

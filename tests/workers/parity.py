@@ -1,6 +1,7 @@
 """Train a few steps with the real engine and leave the images seen and the weights, for comparison over ranks.
 
-usage: parity.py DATA.yaml OUT [--local | --ddp]; --ddp is plain DDP over Ultralytics' unmodified loss.
+usage: parity.py DATA.yaml OUT MODE …, one after the other: `global` is the loss of the global batch, `local` has
+--local-loss-norm, `ddp` is plain DDP over Ultralytics' unmodified loss. Results go to OUT/MODE.
 """
 
 import hashlib
@@ -11,6 +12,8 @@ from operator import add
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
 from torch import nn
 
 from train.config.options import TrainConfig
@@ -27,14 +30,6 @@ from train.training.meter import Meter
 from train.training.optim import Schedule, build_optimizer
 from train.training.state import TrainState
 
-data_yaml, out, mode = sys.argv[1], Path(sys.argv[2]), sys.argv[3] if len(sys.argv) > 3 else ""
-LOCAL = mode in ("--local", "--ddp")
-# 40 images are five batches; two make a step, so that accumulation and its remainder are inside: 3 steps an epoch.
-config = TrainConfig(
-    data=data_yaml, imgsz=64, batch=8, nbs=8 if LOCAL else 16, epochs=1 if LOCAL else 2, close_mosaic=0,
-    optimizer="SGD", lr0=0.01, warmup_epochs=0, workers=0, mixup=0.2, degrees=5.0, local_loss_norm=LOCAL,
-)  # fmt: skip
-
 
 def freeze_batchnorm(model: nn.Module) -> None:
     """Statistics of the batch depend on the rank's share of it, so they are left out of the comparison."""
@@ -44,8 +39,14 @@ def freeze_batchnorm(model: nn.Module) -> None:
             module.train = lambda mode=True: None  # type: ignore[method-assign]
 
 
-def main() -> None:
-    accelerator, _ = start_processes("no", [], seed=1)
+def main(accelerator: Accelerator, data_yaml: str, mode: str, out: Path) -> None:
+    local = mode != "global"
+    # 40 images are five batches; two make a step, so that accumulation and its remainder are inside: 3 steps an epoch.
+    config = TrainConfig(
+        data=data_yaml, imgsz=64, batch=8, nbs=8 if local else 16, epochs=1 if local else 2, close_mosaic=0,
+        optimizer="SGD", lr0=0.01, warmup_epochs=0, workers=0, mixup=0.2, degrees=5.0, local_loss_norm=local,
+    )  # fmt: skip
+    set_seed(1)
     data = find_data(config.data)
     labels, _ = scan(data.images("train"), data.names, config, accelerator)
     model, _ = build_model(config, config.model, data.names, 3)
@@ -70,7 +71,7 @@ def main() -> None:
 
     handle = detector.register_forward_pre_hook(note)
     losses = {}
-    if mode == "--ddp":
+    if mode == "ddp":
         model.train()
         for i, batch in enumerate(loader):
             batch["img"] = batch["img"].float() / 255
@@ -81,7 +82,7 @@ def main() -> None:
             optimizer.step()
             optimizer.zero_grad()
     else:
-        for epoch in range(1 if LOCAL else 2):
+        for epoch in range(config.epochs):
             positions.epoch = epoch
             batches = meter.timed(loader)
             steps = list(train_one_epoch(state, batches, schedule, accelerator, meter, watch))
@@ -90,10 +91,12 @@ def main() -> None:
     watch.close()
     handle.remove()
     rank = accelerator.process_index
-    out.mkdir(exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
     torch.save({"start": start, "model": detector.state_dict(), "ema": ema.ema.state_dict()}, out / f"rank{rank}.pt")
     (out / f"rank{rank}.json").write_text(json.dumps({"seen": seen, "losses": losses, "updates": ema.updates}))
-    accelerator.end_training()
 
 
-main()
+accelerator, _ = start_processes("no", [])
+for mode in sys.argv[3:]:
+    main(accelerator, sys.argv[1], mode, Path(sys.argv[2]) / mode)
+accelerator.end_training()
