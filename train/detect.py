@@ -28,7 +28,7 @@ from train.evaluation.evaluate import Evaluation, evaluate
 from train.evaluation.truth import read_truth
 from train.model.build import ModelEMA, build_model, check_imgsz, largest_stride, set_class_weights
 from train.model.inference import inference_copy
-from train.model.loss import end_of_epoch, use_global_loss
+from train.model.loss import build_criterion, end_of_epoch
 from train.model.weights import fetch_weights, load_detector
 from train.processes.accelerator import resolved, start_processes
 from train.processes.collectives import on_main, once_per_machine, sync_from_main
@@ -45,7 +45,7 @@ def main(config: TrainConfig) -> None:
     """Train, from the configuration to the last checkpoint. Every rank runs all of it."""
     config.check()
     check_resume(config)
-    accelerator, precision = start_processes(config.mixed_precision, config.used_trackers, config.seed)
+    accelerator, why_precision = start_processes(config.mixed_precision, config.used_trackers, config.seed)
     given, config = config, resolved(config, accelerator)
     report = TrainingReport(accelerator, config)
     ranks = accelerator.num_processes
@@ -63,7 +63,8 @@ def main(config: TrainConfig) -> None:
     report.watch.end()
     check_usable(data.name, train_labels, val_labels, train_faults + val_faults, config.strict)
 
-    # Model, its average, and the loss. The average is copied before anything of this run hangs on the model.
+    # Model, its moving average (a copy, so it comes before the loss is attached), and the loss. A resumed run is built
+    # from last.pt, which knows the architecture; state.load() below brings its weights.
     start_from = f"{config.resume}/weights/last.pt" if config.resume else config.model
     source = once_per_machine(accelerator, lambda: fetch_weights(start_from))
     model, origin = build_model(config, source, data.names, data.channels)
@@ -75,10 +76,11 @@ def main(config: TrainConfig) -> None:
     ema = ModelEMA(model)
     if config.sync_bn and ranks > 1 and accelerator.device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    if not config.local_loss_norm:
-        use_global_loss(model, lambda value: accelerator.reduce(value, "sum"), ranks)
+    sum_over_ranks = None if config.local_loss_norm else partial(accelerator.reduce, reduction="sum")
+    model.criterion = build_criterion(model, sum_over_ranks, ranks)
 
-    # What Accelerate prepares, and the state that a killed run goes on from.
+    # What Accelerate prepares (loaders within train_loader and val_loader; rates are the schedule's, set in each step),
+    # and the state that a killed run goes on from.
     detector = model  # without the wrapping that prepare() adds
     train_set = TrainSet(train_labels, data.names, data.channels, config, stride)
     val_set = ValSet(val_labels, data.names, data.channels, config.imgsz, stride, config.rect is not False)
@@ -91,17 +93,17 @@ def main(config: TrainConfig) -> None:
         state.load(Path(config.resume) / "weights" / "state.pt")
         origin = f"{config.model}, resumed after epoch {state.epoch + 1}"
 
-    # Nothing is written before here, where nothing can be wrong with the input any more.
+    # The run writes nothing before here, where nothing can be wrong with the input any more.
     folder = on_main(accelerator, lambda: new_folder(Path(config.project), config.name, config.resume))
     report.open(folder, given)
     weights = folder / "weights"
     weights.mkdir(exist_ok=True)
     report.faults(train_faults + val_faults)
-    report.banner(precision, origin, data.name, schedule, train_set, val_labels)
+    report.banner(why_precision, origin, data.name, schedule, train_set, val_labels)
     report.start_trackers(config, state)
 
     # What validation depends on is kept in the checkpoints, so that validate.py repeats it: the YAML's whole path, too.
-    config = replace(config, data=data.name, mixed_precision=config.val_precision or config.mixed_precision)
+    validated = replace(config, data=data.name, mixed_precision=config.val_precision or config.mixed_precision)
     meter = Meter(accelerator, detector)
     best: Evaluation | None = None
     for epoch in range(state.epoch + 1, config.epochs):
@@ -111,9 +113,9 @@ def main(config: TrainConfig) -> None:
         for progress in train_one_epoch(state, batches, schedule, accelerator, meter, report.watch):
             report.measured(progress)
         report.trained()
-        end_of_epoch(detector)
+        end_of_epoch(detector)  # of an end-to-end model's two losses one fades into the other
 
-        sync_from_main(ema.ema)
+        sync_from_main(ema.ema)  # BatchNorm's running statistics are each rank's own
         check_finite(ema.ema)
         state.epoch = epoch
         no_time_left = report.no_time_left(config.time)
@@ -121,13 +123,14 @@ def main(config: TrainConfig) -> None:
         result: Evaluation | None = None
         if ends or (epoch + 1) % config.val_interval == 0:
             evaluated = inference_copy(ema.ema, accelerator.device, config.memory_format, losses=True)
-            result = evaluate(evaluated, report.watched(val_batches, "validating"), truth, config, accelerator)
-            state.note(result)
+            result = evaluate(evaluated, report.watched(val_batches, "validating"), truth, validated, accelerator)
+            state.note(result)  # is it the best so far?
             if state.best_epoch == epoch:
                 best = result
-        # Your own code for an epoch goes here. `result.metrics` and `result.detections` are those of all ranks.
+        # Your own code for an epoch goes here. `result` has the metrics and detections of all ranks; it is None where
+        # the epoch was not validated (--val-interval).
         report.epoch(state, result, truth, last=ends)
-        on_main(accelerator, partial(state.save, config, result, weights))
+        on_main(accelerator, partial(state.save, validated, result, weights))
         if no_time_left:
             report.say(f"stopping: another epoch would not end within {config.time:g} hours (--time)")
             break
@@ -138,19 +141,20 @@ def main(config: TrainConfig) -> None:
             break
 
     if best is None:  # the best epoch was before the run was resumed
-        model, _ = load_detector(str(weights / "best.pt"))
-        evaluated = inference_copy(model, accelerator.device, config.memory_format)
-        best = evaluate(evaluated, report.watched(val_batches, "validating"), truth, config, accelerator)
+        best_model, _ = load_detector(str(weights / "best.pt"))
+        evaluated = inference_copy(best_model, accelerator.device, config.memory_format)
+        best = evaluate(evaluated, report.watched(val_batches, "validating"), truth, validated, accelerator)
     report.say(f"best.pt, epoch {state.best_epoch + 1}:")
-    report.evaluation(best, truth, config)
+    report.evaluation(best, truth, validated)
     report.say(f"results in {folder}")
-    report.finish(state)
+    report.close(state)
 
 
 def served(batches: Iterable[dict[str, Any]], epoch: int, report: TrainingReport) -> Iterator[dict[str, Any]]:
     """This rank's batches of an epoch on their way to the forward; `train_loader` says what is in a batch."""
     for i, batch in enumerate(batches):
-        # Your own code for a batch goes here. It runs on every rank, each with its share of the global batch.
+        # Your own code for a batch goes here. It runs on every rank with that rank's share of the global batch, which
+        # is on the device; images are uint8 and not yet rescaled by --multi-scale.
         if epoch == 0 and i < 3:
             report.training_batch(i, batch)
         yield batch

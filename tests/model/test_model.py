@@ -18,7 +18,7 @@ from train.model.build import (
     set_end2end,
 )
 from train.model.inference import detect, inference_copy
-from train.model.loss import end_of_epoch, use_global_loss
+from train.model.loss import build_criterion, end_of_epoch
 from train.model.weights import as_checkpoint, fetch_weights, load_detector
 
 CPU = torch.device("cpu")
@@ -185,7 +185,7 @@ def test_loss_of_one_process_is_ultralytics_own():
         "batch_idx": torch.tensor([0.0, 1.0]),
     }
     theirs = model(dict(batch))[0]
-    use_global_loss(model, lambda value: value, ranks=1)
+    model.criterion = build_criterion(model, lambda value: value, ranks=1)
     ours, items = model(dict(batch))
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
     assert list(items) == ["box_loss", "cls_loss", "dfl_loss"]
@@ -198,7 +198,7 @@ def test_loss_of_one_process_is_ultralytics_own():
 )
 def test_every_family_trains_checkpoints_and_detects(name: str, tmp_path: Path):
     model = build(name).train()
-    use_global_loss(model, lambda value: value, ranks=1)
+    model.criterion = build_criterion(model, lambda value: value, ranks=1)
     batch = {
         "img": torch.rand(2, 3, 64, 64),
         "cls": torch.tensor([[0.0], [2.0]]),
@@ -226,7 +226,7 @@ def test_every_family_trains_checkpoints_and_detects(name: str, tmp_path: Path):
 
 def test_the_two_losses_of_an_end_to_end_model_move_on_each_epoch():
     model = build("yolo26n.yaml")
-    use_global_loss(model, lambda value: value, ranks=1)
+    model.criterion = build_criterion(model, lambda value: value, ranks=1)
     before = (model.criterion.o2m, model.criterion.o2o)
     end_of_epoch(model)
     assert model.criterion.o2m < before[0]

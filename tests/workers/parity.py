@@ -7,7 +7,7 @@ usage: parity.py DATA.yaml OUT MODE …, one after the other: `global` is the lo
 import hashlib
 import json
 import sys
-from functools import reduce
+from functools import partial, reduce
 from operator import add
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from train.data.loaders import train_loader
 from train.data.scan import scan
 from train.data.sets import TrainSet
 from train.model.build import ModelEMA, build_model
-from train.model.loss import use_global_loss
+from train.model.loss import build_criterion
 from train.processes.accelerator import start_processes
 from train.processes.watch import Watch
 from train.training.engine import train_one_epoch
@@ -52,8 +52,9 @@ def main(accelerator: Accelerator, data_yaml: str, mode: str, out: Path) -> None
     model, _ = build_model(config, config.model, data.names, 3)
     freeze_batchnorm(model)
     ema = ModelEMA(model)
-    if not config.local_loss_norm:
-        use_global_loss(model, lambda value: accelerator.reduce(value, "sum"), accelerator.num_processes)
+    if mode != "ddp":
+        sum_over_ranks = None if config.local_loss_norm else partial(accelerator.reduce, reduction="sum")
+        model.criterion = build_criterion(model, sum_over_ranks, accelerator.num_processes)
     detector = model
     start = {key: value.clone() for key, value in model.state_dict().items()}
     schedule = Schedule(config, images=len(labels), classes=3)

@@ -10,6 +10,8 @@ from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils.loss import E2ELoss
 from ultralytics.utils.nms import non_max_suppression
 
+from train.model.loss import build_criterion
+
 
 def inference_copy(
     model: DetectionModel, device: torch.device, memory_format: torch.memory_format, losses: bool = False
@@ -29,13 +31,13 @@ def inference_copy(
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     model = model.to(memory_format=memory_format)
-    criterion = model.init_criterion() if losses else None
+    criterion = build_criterion(model) if losses else None
     model.criterion = criterion.one2one if isinstance(criterion, E2ELoss) else criterion
     return model
 
 
 def validation_losses(raw: dict[str, Any], model: DetectionModel, batch: dict[str, Any]) -> Tensor:
-    """Mean losses of a batch (3,), in fp32, by `model.criterion.loss_names`; of an end-to-end head those of the
+    """Mean losses of a batch, in fp32, (losses,) by `model.criterion.loss_names`; of an end-to-end head those of the
     one-to-one branch, as Ultralytics logs them.
 
     Args:

@@ -7,20 +7,36 @@ from torch import Tensor, nn
 from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils.loss import E2ELoss, v8DetectionLoss
 
-from train.config.errors import InputError
 
-
-class GlobalLoss(v8DetectionLoss):
+class DetectionLoss(v8DetectionLoss):
     """Ultralytics' loss, divided by the target-score sum of the global batch instead of by this rank's.
 
     Ultralytics divides each rank's loss by that rank's own sum, so the gradients of two processes differ from those of
     one process at the same global batch. Here the mean over ranks, which DDP takes, is what one process computes.
+
+    A loss of one's own is one more name in `loss_names` and one more element of `get_assigned_targets_and_loss`: bars,
+    lines, results.csv, its picture and the trackers then have it, for training and validation.
+
+    Args:
+        model: whose outputs are judged.
+        sum_over_ranks: collective sum of a scalar; None divides by this rank's own sum, as Ultralytics does.
+        ranks: number of processes.
+        kwargs: of Ultralytics' assigner.
     """
 
     assigner: Any
 
-    def __init__(self, model: nn.Module, sum_over_ranks: Callable[[Tensor], Tensor], ranks: int, **kwargs: Any):
+    def __init__(
+        self,
+        model: nn.Module,
+        sum_over_ranks: Callable[[Tensor], Tensor] | None = None,
+        ranks: int = 1,
+        **kwargs: Any,
+    ):
         super().__init__(model, **kwargs)
+        self.rescale: Tensor | float = 1.0
+        if sum_over_ranks is None:
+            return
         assign = self.assigner
 
         def assign_and_sum(*args: Any, **kwargs: Any) -> Any:
@@ -39,19 +55,19 @@ class GlobalLoss(v8DetectionLoss):
         return assigned, loss, dict(zip(self.loss_names, loss.detach(), strict=True))
 
 
-def use_global_loss(model: DetectionModel, sum_over_ranks: Callable[[Tensor], Tensor], ranks: int) -> None:
-    """Give the model the global loss, in both branches where it is end to end. Call it after ModelEMA has copied it."""
+def build_criterion(
+    model: DetectionModel, sum_over_ranks: Callable[[Tensor], Tensor] | None = None, ranks: int = 1
+) -> DetectionLoss | E2ELoss:
+    """The loss that fits the model's head, in both branches where it is end to end (see `DetectionLoss`).
 
-    def loss(model: nn.Module, **kwargs: Any) -> GlobalLoss:
-        return GlobalLoss(model, sum_over_ranks, ranks, **kwargs)
+    Give it to the model after ModelEMA has copied that.
+    """
 
-    plain = model.init_criterion()
-    if isinstance(plain, E2ELoss):
-        model.criterion = E2ELoss(model, loss_fn=loss)
-    elif type(plain) is v8DetectionLoss:
-        model.criterion = loss(model)
-    else:
-        raise InputError(f"{type(plain).__name__} has no global normaliser here; add --local-loss-norm.")
+    def loss(model: nn.Module, **kwargs: Any) -> DetectionLoss:
+        return DetectionLoss(model, sum_over_ranks, ranks, **kwargs)
+
+    end_to_end = isinstance(model.init_criterion(), E2ELoss)
+    return E2ELoss(model, loss_fn=loss) if end_to_end else loss(model)
 
 
 def end_of_epoch(model: DetectionModel) -> None:

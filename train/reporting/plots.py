@@ -180,11 +180,12 @@ def draw_labels(labels: list[Labels], names: dict[int, str], folder: Path) -> No
 
 
 def draw_batch(batch: dict[str, Any], names: dict[int, str], file: Path) -> None:
-    """Images of a training batch as the model sees them, with their boxes."""
+    """Images of a training batch as the loader gives them, uint8, with their boxes."""
     _provide_font()
     # copies: Ultralytics scales images and boxes in place
     shown = {name: batch[name].to("cpu", copy=True) for name in ("img", "cls", "bboxes", "batch_idx")}
     shown["cls"] = shown["cls"].squeeze(-1)
+    shown["img"] = shown["img"].float() / 255  # Ultralytics takes uint8 images for floats where the first one is black
     plot_images(shown, paths=batch["im_file"], fname=file, names=names, threaded=False)
 
 
@@ -197,8 +198,11 @@ def draw_results(rows: list[dict[str, Any]], val: str, file: Path) -> None:
     panels += [("AP by size", {name: f"{val}/{name}" for name in ("APs", "APm", "APl")})]
     panels += [("learning rate", {name: name for name in rows[0] if name.startswith("lr/")})]
     panels += [("images/s", {"": "images_per_s"})]
-    figure, axes = plt.subplots(2, 4, figsize=(16, 7), tight_layout=True)
-    for panel, (title, columns) in zip(axes.flat, panels, strict=True):
+    across = -(-len(panels) // 2)
+    figure, axes = plt.subplots(2, across, figsize=(4 * across, 7), tight_layout=True)
+    for panel in axes.flat[len(panels) :]:
+        panel.set_axis_off()
+    for panel, (title, columns) in zip(axes.flat, panels, strict=False):
         for label, column in columns.items():
             measured = [(row["epoch"], row[column]) for row in rows if row[column] not in (None, -1)]
             panel.plot(*zip(*measured, strict=True), marker=".", label=label) if measured else None
