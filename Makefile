@@ -48,7 +48,7 @@ bench-log: .venv/installed  ## measure what logging costs within the steps
 check: .venv/installed-dev  ## format and lint (ruff), types (mypy), which way imports run (import-linter)
 	@$(PY) -m ruff format --check . && $(PY) -m ruff check . && $(PY) -m mypy && .venv/bin/lint-imports
 
-bench-quick: .venv/installed  ## train the quick recipe with five seeds in bf16 and fp32: the range of AP50, the seconds
+bench-quick: .venv/installed-dev  ## train the quick recipe with five seeds in bf16 and fp32: the range of AP50, the seconds
 	@exec $(PY) -m tests.bench.quick $(ARGS)
 
 hashes: .venv/installed-dev  ## hashes of five trainings, to be compared with another commit's: ARGS="--data coco128.yaml"

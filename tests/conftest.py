@@ -1,6 +1,7 @@
 """What the tests share: small data sets that they draw themselves, and real processes."""
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -53,7 +54,11 @@ def once(name: str, factory: pytest.TempPathFactory, make: Callable[[Path], None
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
             folder.mkdir()
-            make(folder)
+            try:
+                make(folder)
+            except BaseException:
+                shutil.rmtree(folder)  # else the other workers would take it for whole
+                raise
     return folder
 
 

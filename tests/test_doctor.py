@@ -69,16 +69,8 @@ def test_what_this_machine_lacks_is_found(tmp_path):
 
 
 def test_more_gpus_than_there_are_is_said_before_the_launch(tmp_path):
-    done = launch(
-        1,
-        ROOT / "train" / "processes" / "launcher.py",
-        "--gpus",
-        64,
-        "--",
-        DOCTOR,
-        cwd=tmp_path,
-        ACCELERATE_USE_CPU=None,
-    )
+    launcher = ROOT / "train" / "processes" / "launcher.py"
+    done = launch(1, launcher, "--gpus", 64, "--", DOCTOR, cwd=tmp_path, ACCELERATE_USE_CPU=None)
     assert done.returncode == 2
     assert "64" in done.stderr
     assert "GPU" in done.stderr

@@ -18,7 +18,7 @@ from train.model.weights import load_detector
 
 @pytest.fixture(scope="module")
 def evaluated(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    """The trained model, validated in bf16 (whose scores tie) on 1 and 2 processes; test_evaluation.py has more."""
+    """The trained model, validated in bf16 (whose scores tie) on 1 and 2 processes; test_evaluate.py has more."""
     home, out = trained.parent.parent.parent, tmp_path_factory.mktemp("val")
     for ranks in (1, 2):
         options = ["--weights", trained / "weights" / "best.pt", "--save-dir", out / str(ranks), "--val-batch", 7]
@@ -82,20 +82,7 @@ def test_epochs_without_validation_leave_blanks(odd: Path):
 
 
 def test_validation_on_a_subset_goes_by_other_names_and_patience_counts_epochs(shapes: Path, tmp_path: Path):
-    options = [
-        "--data",
-        shapes,
-        "--imgsz",
-        64,
-        "--epochs",
-        9,
-        "--batch",
-        20,
-        "--val-fraction",
-        0.5,
-        "--lr0",
-        1e-9,
-    ]
+    options = ["--data", shapes, "--imgsz", 64, "--epochs", 9, "--batch", 20, "--val-fraction", 0.5, "--lr0", 1e-9]
     options += ["--val-interval", 4, "--patience", 2, "--optimizer", "SGD", "--warmup-epochs", 0, "--trackers", "none"]
     console = succeed(2, DETECT, *options, "--no-plots", cwd=tmp_path)
     run = tmp_path / "runs" / "detect" / "exp"

@@ -11,7 +11,7 @@ import tempfile
 os.environ.setdefault("YOLO_OFFLINE", "1")  # no DNS look-up at import; official weights are still fetched when named
 os.environ.setdefault("YOLO_AUTOINSTALL", "0")  # never pip-install what a checkpoint or a YAML names
 os.environ.setdefault("ULTRALYTICS_SAFE_LOAD", "1")  # checkpoints load with torch's weights_only rules
-os.environ.setdefault("YOLO_VERBOSE", "false")  # no banner at import; train/report.py opens its log again
+os.environ.setdefault("YOLO_VERBOSE", "false")  # no banner at import; train/reporting/console.py opens its log again
 
 settings: tempfile.TemporaryDirectory | None = None  # Ultralytics' settings of this process, removed when it ends
 if "YOLO_CONFIG_DIR" not in os.environ:

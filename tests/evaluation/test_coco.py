@@ -154,7 +154,12 @@ def test_pycocotools_is_a_path_of_its_own(tmp_path: Path):
         "import sys; sys.modules['hotcoco'] = None\n"
         "import json, numpy\nfrom train.evaluation.coco import coco_metrics\n"
         f"truth = json.load(open({str(tmp_path / 'truth.json')!r}))\n"
-        f"print(coco_metrics(truth, numpy.load({str(tmp_path / 'rows.npy')!r}), 'pycocotools')[0]['AP'])"
+        f"rows = numpy.load({str(tmp_path / 'rows.npy')!r})\n"
+        "print(coco_metrics(truth, rows, 'pycocotools')[0]['AP'])\n"
+        "try: coco_metrics(truth, rows)\nexcept ValueError as error: print(error)"
     )
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert float(said) == coco_metrics(truth, rows)[0]["AP"]
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    ap, refused = done.stdout.splitlines()
+    assert float(ap) == coco_metrics(truth, rows)[0]["AP"]
+    assert refused.startswith("hotcoco cannot be imported: ")
+    assert refused.endswith("say --coco-eval pycocotools.")

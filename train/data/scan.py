@@ -55,7 +55,11 @@ def scan(
         raise InputError(f"The machines do not see the same files: here {len(files)} images, first {files[0]}.")
     label_files, ids = img2label_paths(files), image_ids(files)
     with ThreadPool(min(8, os.cpu_count() or 1)) as pool:
-        read = pool.imap(lambda i: (i, read_image(files[i], label_files[i], ids[i], classes)), share, chunksize=16)
+        read = pool.imap(
+            lambda i: (i, read_image(files[i], label_files[i], ids[i], classes)),
+            share,
+            max(1, min(16, len(share) // 32)),
+        )
         mine = list(counted(read, len(share)))
     found = [
         entry for _, entry in sorted((pair for part in gather_object([mine]) for pair in part), key=lambda p: p[0])

@@ -14,10 +14,12 @@ import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from train.config.errors import InputError
+
 try:
     import hotcoco
-except ImportError:  # then pycocotools does what both can do
-    hotcoco = None  # type: ignore[assignment]
+except ImportError as error:  # then pycocotools does what both can do
+    hotcoco, missing = None, str(error)  # type: ignore[assignment]
 
 # COCOeval.stats in its order
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
@@ -88,6 +90,8 @@ def coco_metrics(
 
 def _hotcoco(truth: dict[str, Any], detections: np.ndarray, max_dets: list[int]) -> Any:
     """hotcoco's evaluator after matching. Matched in chunks of images it needs half the memory, for the same bits."""
+    if hotcoco is None:
+        raise InputError(f"hotcoco cannot be imported: {missing}. Mend that, or say --coco-eval pycocotools.")
     params = hotcoco.Params("bbox")
     params.maxDets = max_dets
     stream = hotcoco.StreamingEval(truth["categories"], "bbox", params=params)

@@ -53,14 +53,15 @@ class Console:
         """A line on the console, from the main process, and in the log of every rank."""
         self.logger.log(logging.WARNING if line.startswith("warning:") else logging.INFO, line)
         self.watch.last_line = time.monotonic()
-        if not self.accelerator.is_main_process:  # accelerator.print would say it once on each machine
+        if not self.accelerator.is_main_process:  # accelerator.print alone would say it once on each machine
             return
         if self.colours and line.startswith("warning:"):
             line = f"\x1b[33m{line}\x1b[0m"
-        if self.bar is None:
+        bar = self.bar  # the watch speaks from a thread of its own, while this one may close the bar
+        if bar is None:
             self.accelerator.print(line, flush=True)
         else:
-            self.bar.write(line)
+            bar.write(line)
 
     def progress(self, line: str) -> None:
         """A line on how far work has come: only in the logs where there is a bar, or where none is wanted."""

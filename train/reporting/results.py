@@ -78,11 +78,14 @@ def epoch_row(
 ) -> dict[str, Any]:
     """An epoch as a row of results.csv; its validation columns are None where it was not validated.
 
+    Pictures and trackers find what they show by the beginning of a name: a loss is a pair of `train/` and `val/`, and
+    `lr/` is a learning rate.
+
     Args:
         state: after the epoch.
         whole: what was measured in it.
-        seconds: of the epoch so far, and, `training`, of its training alone.
-        training: see above.
+        seconds: of the epoch so far.
+        training: seconds of its training alone.
         result: of its validation.
         config: names the metrics.
     """

@@ -67,6 +67,9 @@ class Tracking:
     def _start(self, wandb_id: str) -> tuple[list[str], str]:
         lines: list[str] = []
         started: list[Any] = []
+        values = {k: v if isinstance(v, int | float | str) else str(v) for k, v in asdict(self.config).items()}
+        values |= {"command": " ".join(sys.argv), "git": git_state(), "processes": self.accelerator.num_processes}
+        values |= {f"{package}_version": number for package, number in versions().items()}
         for name in self.config.used_trackers:
             attempts: list[dict[str, Any]] = [{}]
             reason = ""
@@ -77,10 +80,10 @@ class Tracking:
 
                     attempts, reason = wandb_start.attempts(self.config, self.folder, wandb_id)
                 except Exception as error:
-                    attempts, reason = [], str(error)
+                    attempts, reason = [], str(error) or type(error).__name__
                 lines += [f"warning: {reason}"] if reason and attempts else []
-            used, failure = self._first_that_starts(name, attempts, reason)
-            if failure:
+            used, failure = self._first_that_starts(name, attempts, values)
+            if failure := failure or ("" if attempts else reason):
                 failure = " ".join(failure.split())
                 lines.append(f"warning: {name} did not start and stays off: {failure[:300]}")
                 continue
@@ -93,13 +96,16 @@ class Tracking:
             lines += wandb_start.introduce(self.run, self.folder)
         return lines, self.run.id if self.run else ""
 
-    def _first_that_starts(self, name: str, attempts: list[dict[str, Any]], reason: str) -> tuple[int, str]:
-        """Start a tracker with the first of these options that it takes; which ones, and why not where none is."""
-        values = {k: v if isinstance(v, int | float | str) else str(v) for k, v in asdict(self.config).items()}
-        values |= {"command": " ".join(sys.argv), "git": git_state(), "processes": self.accelerator.num_processes}
-        values |= {f"{package}_version": number for package, number in versions().items()}
+    def _first_that_starts(self, name: str, attempts: list[dict], values: dict[str, Any]) -> tuple[int, str]:
+        """Start a tracker with the first of these options that it takes; which ones, and why not where none is.
+
+        Args:
+            name: of the tracker.
+            attempts: options to try one after the other.
+            values: the configuration that it shows.
+        """
         project = self.config.wandb_project or os.environ.get("WANDB_PROJECT") or PROJECT
-        failure = "" if attempts else reason
+        failure = ""
         for number, attempt in enumerate(attempts):
             self.accelerator.log_with, self.accelerator.trackers = [name], []
             try:
@@ -163,10 +169,13 @@ class Tracking:
     def close(self, state: TrainState | None) -> None:
         """Hand best.pt and last.pt to W&B as versions of one model, and finish the trackers."""
         if self.run is not None and state is not None:
-            from train.reporting import wandb_page  # imports W&B: 0.3 s
-
-            self._safely(lambda: wandb_page.log_model(self.run, self.folder / "weights", state))
+            self._safely(lambda: self._log_model(state))
         self._safely(self.accelerator.end_training)
+
+    def _log_model(self, state: TrainState) -> None:
+        from train.reporting import wandb_page  # imports W&B: 0.3 s
+
+        wandb_page.log_model(self.run, self.folder / "weights", state)
 
 
 def _warm() -> None:

@@ -1,7 +1,5 @@
 """What a training has to say, from the banner to the last epoch."""
 
-import math
-import statistics
 import time
 from typing import Any
 
@@ -102,7 +100,7 @@ class TrainingReport(Report):
         self.console.annotate(lines.bar_words(window, lr))
         if step == steps:  # the epoch's own line follows its last step
             return
-        tracked = {f"train/{name}": value for name, value in window.means().items()} | _speed(window)
+        tracked = {f"train/{name}": value for name, value in window.means().items()} | window.speed()
         tracked |= {"epoch": self.epoch_number - 1 + step / steps, "global_step": progress.global_step, "lr": lr}
         self.tracking.log(tracked, progress.global_step)
         mark = max(-(-steps // LINES), STEPS)
@@ -152,21 +150,10 @@ class TrainingReport(Report):
                 same = [(image, "") for image in same_images(truth)]
                 draw_page(result.detections, truth, same, self.folder / "val_batch.jpg")
             self.drawn = time.perf_counter()
-        self.tracking.epoch(state, _speed(self.whole), result, truth, last)
+        self.tracking.epoch(state, self.whole.speed(), result, truth, last)
 
-    def finish(self, state: TrainState) -> None:
-        """Finish the trackers, the watch and the logs."""
+    def close(self, state: TrainState | None = None) -> None:
+        """Finish the trackers, which get the weights of the run, the watch and the logs."""
+        self.watch.end()
         self.tracking.close(state)
-        self.close()
-
-
-def _speed(window: Window) -> dict[str, float]:
-    """Throughput of all ranks, seconds a step of the slowest and the median rank, longest data wait, gradient norm."""
-    norm = {"train/grad_norm": window.grad_norm} if math.isfinite(window.grad_norm) else {}
-    return norm | {
-        "speed/images_per_s": window.images / max(window.seconds),
-        "speed/step_slowest_rank": max(window.seconds) / window.steps,
-        "speed/step_median_rank": statistics.median(window.seconds) / window.steps,
-        "speed/data_wait_worst_rank": max(window.waits) / window.steps,
-        "speed/memory_gb_worst_rank": max(window.memory) / 1e9,
-    }
+        super().close()

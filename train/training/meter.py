@@ -1,8 +1,10 @@
 """What an epoch of training measures: losses, waits, the ranks' own times and memory, over all ranks."""
 
 import math
+import statistics
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +39,17 @@ class Window:
             both[name] = [a + b for a, b in zip(getattr(self, name), getattr(other, name), strict=True)]
         return Window(memory=other.memory, **both)
 
+    def speed(self) -> dict[str, float]:
+        """What the trackers get: throughput of all ranks, step times, data wait and memory, and the gradient norm."""
+        norm = {"train/grad_norm": self.grad_norm} if math.isfinite(self.grad_norm) else {}
+        return norm | {
+            "speed/images_per_s": self.images / max(self.seconds),
+            "speed/step_slowest_rank": max(self.seconds) / self.steps,
+            "speed/step_median_rank": statistics.median(self.seconds) / self.steps,
+            "speed/data_wait_worst_rank": max(self.waits) / self.steps,
+            "speed/memory_gb_worst_rank": max(self.memory) / 1e9,
+        }
+
     def means(self) -> dict[str, float]:
         """Mean losses over the images."""
         return {name: value / self.images for name, value in self.losses.items()}
@@ -50,10 +63,19 @@ class ForwardClock:
     """
 
     def __init__(self, model: nn.Module, device: torch.device):
-        self.cuda = device.type == "cuda"
+        self.model, self.cuda = model, device.type == "cuda"
         self.marks: list[tuple[Any, Any]] = []
-        model.register_forward_pre_hook(self._starts)
-        model.register_forward_hook(self._ends)
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Time the model's forwards; afterwards the model is as it was."""
+        self.marks.clear()
+        hooks = [self.model.register_forward_pre_hook(self._starts), self.model.register_forward_hook(self._ends)]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def _mark(self) -> Any:
         if not self.cuda:
@@ -97,15 +119,18 @@ class Meter:
 
     def timed(self, loader: Iterable[dict]) -> Iterator[dict]:
         """An epoch's batches; the time until each is there is data wait."""
+        self.batches.clear()
+        self.norms.clear()
         self.waited, self.started = 0.0, time.perf_counter()
         batches = iter(loader)
-        while True:
-            started = time.perf_counter()
-            batch = next(batches, None)
-            self.waited += time.perf_counter() - started
-            if batch is None:
-                return
-            yield batch
+        with self.forward.running():
+            while True:
+                started = time.perf_counter()
+                batch = next(batches, None)
+                self.waited += time.perf_counter() - started
+                if batch is None:
+                    return
+                yield batch
 
     def add(self, items: dict[str, Tensor], files: list[str]) -> None:
         """Note the mean losses of one batch of this rank; no host sync."""
