@@ -89,7 +89,7 @@ CASES = [
     ([*GOOD, "--annotations", "other.json"], r"other\.json lacks 21 of 21 images"),
     (["--resume", "run", "--model", "x.pt"], "--resume goes on with the run's own options; leave out --model"),
     (["--resume", "gone"], r"gone/config\.json cannot be read"),
-    (["--cfg", "args.yaml"], r"epochs is 'many'; input should be a valid integer"),
+    (["--cfg", "args.yaml"], r"epochs is 'many'; it must be a whole number"),
     (["--cfg", "gone.yaml"], r"--cfg gone\.yaml cannot be read"),
     (["--cfg", "list.yaml"], r"--cfg list\.yaml holds no options"),
     (["--cfg", "broken.yaml"], r"--cfg broken\.yaml is not YAML"),
@@ -120,7 +120,7 @@ CASES = [
     ([*GOOD, "--freeze", "99"], r"--freeze is 99; this model has the layers 0 to 22"),
     ([*GOOD, "--freeze", "0", "77.cv2"], r"--freeze is 0 77\.cv2; this model has the layers 0 to 22"),
     ([*GOOD, "--end2end"], r"--end2end was given, but yolov8n\.yaml has no one-to-one head"),
-    ([*GOOD, "--project", "good.yaml"], r"good\.yaml/exp cannot be made"),
+    ([*GOOD, "--project", "good.yaml"], r"good\.yaml cannot be made: .*good\.yaml is a file\. Name another with --project"),
 ]
 
 

@@ -13,10 +13,10 @@ os.environ.setdefault("YOLO_AUTOINSTALL", "0")  # never pip-install what a check
 os.environ.setdefault("ULTRALYTICS_SAFE_LOAD", "1")  # checkpoints load with torch's weights_only rules
 os.environ.setdefault("YOLO_VERBOSE", "false")  # no banner at import; train/reporting/console.py opens its log again
 
-settings: tempfile.TemporaryDirectory | None = None  # Ultralytics' settings of this process, removed when it ends
-if "YOLO_CONFIG_DIR" not in os.environ:
-    settings = tempfile.TemporaryDirectory(prefix="ultralytics-")
-    os.environ["YOLO_CONFIG_DIR"] = settings.name
+SCRATCH = "yolo-accelerate-"
+scratch = tempfile.TemporaryDirectory(prefix=SCRATCH)  # of this process; removed when it ends
+os.environ.setdefault("YOLO_CONFIG_DIR", scratch.name)
+os.environ.setdefault("OPENCV_LOG_LEVEL", "OFF")  # a broken image is one line of this project, not five of OpenCV's
 
 if os.environ.get("MPLBACKEND", "").startswith("module://"):  # a notebook's, which scripts in their own Python lack
     os.environ["MPLBACKEND"] = "Agg"

@@ -9,6 +9,10 @@
 `--help` lists the options. A run leaves its weights, results.csv, metrics and logs in runs/detect/exp, exp2, …
 """
 
+from train.processes import early  # noqa: F401  # first, see there
+
+# isort: split
+
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -32,44 +36,52 @@ from train.model.loss import build_criterion, end_of_epoch
 from train.model.weights import fetch_weights, load_detector
 from train.processes.accelerator import resolved, start_processes
 from train.processes.collectives import on_main, once_per_machine, sync_from_main
-from train.processes.files import new_folder
+from train.processes.files import check_file, check_folder, new_folder
 from train.processes.script import run
 from train.reporting.training_report import TrainingReport
 from train.training.engine import check_finite, train_one_epoch
 from train.training.meter import Meter
 from train.training.optim import Schedule, build_optimizer
-from train.training.state import TrainState, check_resume
+from train.training.state import TrainState, nothing_left, read_state
 
 
 def main(config: TrainConfig) -> None:
     """Train, from the configuration to the last checkpoint. Every rank runs all of it."""
+    # All that can be wrong is found before the first label is read: a million of them take minutes.
     config.check()
-    check_resume(config)
+    check_folder(Path(config.project), "--project")
+    check_file(config.log_file, "--log-file")
+    saved = read_state(config) if config.resume else None
     accelerator, why_precision = start_processes(config.mixed_precision, config.used_trackers, config.seed)
     given, config = config, resolved(config, accelerator)
     report = TrainingReport(accelerator, config)
+    if saved and nothing_left(config, saved):
+        report.say(f"nothing is left to train: {config.resume} has its {saved['epoch'] + 1} epochs; more with --epochs")
+        report.close()
+        return
     ranks = accelerator.num_processes
     if config.batch % ranks:
         nearest = max(round(config.batch / ranks), 1) * ranks
         raise InputError(f"--batch is {config.batch}; it must be divisible by the {ranks} processes, as {nearest} is.")
+    data = once_per_machine(accelerator, lambda: find_data(config.data, config.single_cls, config.classes))
+
+    # Model. A resumed run is built from last.pt, which knows the architecture; state.load() below brings its weights.
+    start_from = f"{config.resume}/weights/last.pt" if config.resume else config.model
+    source = once_per_machine(accelerator, lambda: fetch_weights(start_from))
+    model, origin = build_model(config, source, data.names, data.channels)
+    stride = largest_stride(model)
+    check_imgsz(config.imgsz, stride)
 
     # Data: each rank reads a share of the labels, then every rank knows all of them.
-    data = once_per_machine(accelerator, lambda: find_data(config.data, config.single_cls))
     train_files = data.images("train", config.fraction, repeats=True)
     report.say(f"reading the labels of {len(train_files)} train images and of {config.split}")
     report.watch.begin("reading labels")
     train_labels, train_faults = scan(train_files, data.names, config, accelerator, counted=report.reading)
     val_labels, truth, val_faults = read_truth(data, config, accelerator, report.reading)
     report.watch.end()
-    check_usable(data.name, train_labels, val_labels, train_faults + val_faults, config.strict)
+    check_usable(data.name, train_labels, val_labels, train_faults + val_faults, config)
 
-    # Model, its moving average (a copy, so it comes before the loss is attached), and the loss. A resumed run is built
-    # from last.pt, which knows the architecture; state.load() below brings its weights.
-    start_from = f"{config.resume}/weights/last.pt" if config.resume else config.model
-    source = once_per_machine(accelerator, lambda: fetch_weights(start_from))
-    model, origin = build_model(config, source, data.names, data.channels)
-    stride = largest_stride(model)
-    check_imgsz(config.imgsz, stride)
+    # The model's moving average (a copy, so it comes before the loss is attached), and the loss.
     counts = np.bincount(np.concatenate([labels.cls for labels in train_labels]).astype(int), minlength=len(data.names))
     set_class_weights(model, counts, config.cls_pw)
     model = model.to(accelerator.device, memory_format=config.memory_format)
@@ -89,8 +101,8 @@ def main(config: TrainConfig) -> None:
     train_batches, positions = train_loader(train_set, schedule.batches, accelerator)
     val_batches = val_loader(val_set, config, accelerator)
     state = TrainState(detector, model, ema, optimizer, accelerator.scaler)
-    if config.resume:
-        state.load(Path(config.resume) / "weights" / "state.pt")
+    if saved:
+        state.load(saved)
         origin = f"{config.model}, resumed after epoch {state.epoch + 1}"
 
     # The run writes nothing before here, where nothing can be wrong with the input any more.

@@ -7,6 +7,10 @@ Prints a table by rank, a checked and timed all-reduce, and in plain words what 
 where something is wrong.
 """
 
+from train.processes import early  # noqa: F401  # first, see there
+
+# isort: split
+
 import os
 import platform
 import resource

@@ -9,7 +9,10 @@ Prints COCO's twelve numbers and a table by class, the same for any number of pr
 predictions.json, ground_truth.json and pictures into --save-dir.
 """
 
-import dataclasses
+from train.processes import early  # noqa: F401  # first, see there
+
+# isort: split
+
 import os
 from pathlib import Path
 from typing import Any
@@ -17,7 +20,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from train.config.errors import InputError
-from train.config.options import Logging, ValConfig
+from train.config.options import FROM_CHECKPOINT, ValConfig
 from train.config.reading import parse, typed
 from train.data.files import find_data
 from train.data.loaders import val_loader
@@ -27,11 +30,11 @@ from train.evaluation.evaluate import evaluate, measure
 from train.evaluation.truth import read_annotations, read_predictions, read_truth
 from train.model.build import check_imgsz, largest_stride, set_end2end
 from train.model.inference import inference_copy
-from train.model.weights import fetch_weights, load_detector, trained_with
+from train.model.weights import best_of_run, fetch_weights, load_detector, trained_with
 from train.processes.accelerator import resolved, start_processes
 from train.processes.collectives import on_main, once_per_machine
 from train.processes.devices import device_type
-from train.processes.files import new_folder
+from train.processes.files import check_file, check_folder, new_folder
 from train.processes.script import run
 from train.reporting.report import Report
 
@@ -39,13 +42,15 @@ from train.reporting.report import Report
 def main(config: ValConfig) -> None:
     """Evaluate, from the checkpoint to the table. Every rank runs all of it."""
     config.check()
+    check_folder(Path(config.save_dir or "runs/detect"), "--save-dir")
+    check_file(config.log_file, "--log-file")
     accelerator, precision = start_processes(config.mixed_precision, [])
     report = Report(accelerator, config)
     if config.predictions:
         measure_file(config, accelerator, report)
         return
     config = resolved(config, accelerator)
-    here = Path(config.weights).expanduser().is_file()
+    here = Path(best_of_run(config.weights)).is_file()
     weights = once_per_machine(accelerator, lambda: fetch_weights(config.weights))
     if not here:  # it has just been downloaded, and may say what it was trained with
         config = resolved(parse(ValConfig, __doc__ or "", kept=validated_with)[0], accelerator)
@@ -57,14 +62,14 @@ def main(config: ValConfig) -> None:
 
     if not config.data:
         raise InputError(f"{config.weights} does not say what it was trained on; name the data set with --data.")
-    data = once_per_machine(accelerator, lambda: find_data(config.data, config.single_cls))
+    data = once_per_machine(accelerator, lambda: find_data(config.data, config.single_cls, config.classes))
     if len(model.names) != len(data.names):
         raise InputError(f"{config.weights} knows {len(model.names)} classes, {data.name} names {len(data.names)}.")
     report.say(f"reading the labels of {config.split}")
     report.watch.begin("reading labels")
     labels, truth, faults = read_truth(data, config, accelerator, report.reading)
     report.watch.end()
-    check_usable(data.name, None, labels, faults)
+    check_usable(data.name, None, labels, faults, config)
     val_set = ValSet(labels, data.names, data.channels, config.imgsz, stride, config.rect is not False)
     loader = val_loader(val_set, config, accelerator)
 
@@ -83,21 +88,17 @@ def main(config: ValConfig) -> None:
 
 
 def validated_with(config: ValConfig, given: frozenset[str]) -> dict[str, Any]:
-    """Options that the checkpoint was validated with and that do not belong to that run or its machine alone.
+    """Options that the checkpoint was validated with, as far as a checkpoint may set them.
 
     Args:
         config: names the checkpoint; where it is not there yet, it says nothing.
         given: names of the options that the user gave.
     """
-    weights = os.path.expanduser(config.weights)
+    weights = best_of_run(config.weights)
     if not weights.endswith(".pt") or not Path(weights).is_file():
         return {}
-    known = {field.name for field in dataclasses.fields(ValConfig)}
-    # A subset is an economy of training; the rest belongs to the machine.
-    own = {"weights", "val_fraction", "val_limit", "workers", "trust_checkpoint", "coco_eval", "plots"}
-    own |= {field.name for field in dataclasses.fields(Logging)}
     trained = trained_with(weights, config.trust_checkpoint)
-    kept = typed(ValConfig, {key: value for key, value in trained.items() if key in known - own}, weights)
+    kept = typed(ValConfig, {key: value for key, value in trained.items() if key in FROM_CHECKPOINT}, weights)
     if {"data", "split"} & given:
         kept.pop("annotations", None)  # of that data and split
     told = os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no"  # the launcher was
@@ -109,9 +110,9 @@ def validated_with(config: ValConfig, given: frozenset[str]) -> dict[str, Any]:
 def measure_file(config: ValConfig, accelerator: Accelerator, report: Report) -> None:
     """Measure detections that are already there; no model is needed."""
     if config.data:
-        data = once_per_machine(accelerator, lambda: find_data(config.data, config.single_cls))
+        data = once_per_machine(accelerator, lambda: find_data(config.data, config.single_cls, config.classes))
         labels, truth, faults = read_truth(data, config, accelerator, report.reading)
-        check_usable(data.name, None, labels, faults)
+        check_usable(data.name, None, labels, faults, config)
     else:
         truth = read_annotations(config.annotations)
     rows = read_predictions(config.predictions, truth)

@@ -6,7 +6,7 @@ side.
 
 import importlib.util
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -31,7 +31,7 @@ class Data:
 
 @dataclass(frozen=True, kw_only=True)
 class Validation:
-    """Validation."""
+    """What is validated, and how it is measured."""
 
     split: Literal["train", "val", "test"] = "val"
     """Split of the data set to validate on."""
@@ -44,8 +44,7 @@ class Validation:
     val_batch: int = 32
     """Validation batch of each process. Batches are made from the data set and this alone, so AP does not move."""
     rect: bool | None = None
-    """Little padding: `--rect` for batches of similar aspect ratio, in training without mosaic and mixing; `--no-rect`
-    for square ones. Unset trains square and validates every image in its own aspect ratio, as Ultralytics does."""
+    """Unset trains square and validates rectangular; `--rect` trains so too, without mosaic; `--no-rect` neither."""
     conf: float = 0.001
     """Score below which a prediction is dropped before NMS."""
     iou: float = 0.7
@@ -55,8 +54,7 @@ class Validation:
     max_dets: tuple[int, int, int] = (1, 10, 100)
     """COCO's detections per image that AR is measured at; AP is measured at the last."""
     end2end: bool | None = None
-    """Validate an end-to-end model (v10, 26) by its one-to-one head, without NMS, or by its one-to-many head with NMS;
-    unset keeps the model's own choice."""
+    """Validate an end-to-end model (v10, 26) by its one-to-one head; `--no-end2end` by the other, with NMS."""
     coco_eval: Literal["hotcoco", "pycocotools"] = "hotcoco"
     """Evaluator of the COCO metric. Both give the same bits; hotcoco is much faster."""
     plots: bool = True
@@ -68,13 +66,9 @@ class Computing:
     """Precision and memory order."""
 
     mixed_precision: Precision | None = None
-    """Precision of forward and backward: `auto` takes what the device does fast and safely; unset takes what
-    `accelerate launch --mixed_precision` says, else fp32 (`no`)."""
+    """Precision of forward and backward; `auto` asks the device; unset takes the launcher's, else fp32 (`no`)."""
     channels_last: bool | None = None
-    """Keep weights and images in NHWC memory order, in which most convolutions are faster; unset does so on CUDA and on
-    x86 CPUs, as Ultralytics does."""
-    trust_checkpoint: bool = False
-    """Load a checkpoint that holds classes other than Ultralytics' and torch's; this runs the code that is in it."""
+    """NHWC memory order, in which most convolutions are faster; unset is so on CUDA and x86, as in Ultralytics."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,17 +79,24 @@ class Logging:
     """Within an epoch: a live bar, whole lines, or nothing; `auto` is the bar on a terminal, else lines."""
     log_interval: int | None = None
     """Optimizer steps between two lines of losses; unset gives at most eight lines an epoch."""
-    log_file: str = ""
-    """One more file for what the main process says, beside logs/rank0.log; it is appended to."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Least level of what goes into the log files."""
     hang_timeout: float = 600
-    """Seconds without a finished step after which the run ends and says which rank did not arrive; raised by itself
-    where steps are slow; 0 waits for ever."""
+    """Seconds without a step that end the run and name the rank that hangs; more where steps are slow; 0 never."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalConfig(Data, Validation, Computing, Logging):
+class Trust:
+    """What counts from the command line alone, never from a file, a run's folder or a checkpoint."""
+
+    trust_checkpoint: bool = False
+    """Load a checkpoint that holds classes other than Ultralytics' and torch's; this runs the code that is in it."""
+    log_file: str = ""
+    """One more file for what the main process says, beside logs/rank0.log; it is appended to."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig(Data, Validation, Computing, Logging, Trust):
     """What training and evaluation have in common; both also have `data` and `imgsz`, with defaults of their own."""
 
     @property
@@ -179,8 +180,7 @@ class Recipe:
     """Optimizer, learning rate and loss."""
 
     optimizer: Literal["auto", "SGD", "MuSGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop"] = "auto"
-    """`auto`, as in Ultralytics: MuSGD above 10,000 steps, else AdamW, with a learning rate made from the number of
-    classes; lr0, momentum and warmup_bias_lr are then not used."""
+    """`auto` is Ultralytics': MuSGD above 10,000 steps, else AdamW; it sets lr0, momentum, warmup_bias_lr itself."""
     lr0: float = 0.01
     """Learning rate after the warm-up."""
     lrf: float = 0.01
@@ -257,8 +257,6 @@ class Output:
     """Folder that holds the runs."""
     name: str = "exp"
     """Name of the run's folder; exp2, exp3, … where it is taken."""
-    resume: str = ""
-    """Folder of a run to go on with, after its last finished epoch and with its options, in the same folder."""
     strict: bool = False
     """End where an image or a label file is faulty, instead of leaving it out."""
     trackers: tuple[str, ...] = ("wandb",)
@@ -284,7 +282,15 @@ class Wandb:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(Training, Recipe, Augmentation, Output, Wandb, EvalConfig):
+class Resuming:
+    """Going on with a run. Counts from the command line alone."""
+
+    resume: str = ""
+    """Folder of a run to go on with, after its last finished epoch and with its options, in the same folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(Training, Recipe, Augmentation, Output, Resuming, Wandb, EvalConfig):
     """Train a YOLO detector on one process or many. The defaults are Ultralytics' recipe."""
 
     @property
@@ -316,20 +322,25 @@ class Evaluating:
     """What to evaluate."""
 
     weights: str = ""
-    """The checkpoint to evaluate: best.pt or last.pt of a run, whose validation options then apply where the command
-    line says nothing, or any Ultralytics detection model."""
-    predictions: str = ""
-    """Instead of a checkpoint: a COCO results file from anywhere, to be measured on --data or --annotations."""
+    """The checkpoint to evaluate, which says how it was validated, or a run's folder, whose best.pt is meant."""
     data: str = ""
     """The data set, as in training; unset takes the one that the checkpoint was trained on."""
     imgsz: int = 640
     """Image size in pixels; unset takes the one that the checkpoint was trained at."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Files:
+    """Files to read and to write. They count from the command line alone."""
+
+    predictions: str = ""
+    """Instead of a checkpoint: a COCO results file from anywhere, to be measured on --data or --annotations."""
     save_dir: str = ""
     """Folder for metrics.json, predictions.json, ground_truth.json and pictures; unset makes runs/detect/val, …"""
 
 
 @dataclass(frozen=True, kw_only=True)
-class ValConfig(Evaluating, EvalConfig):
+class ValConfig(Evaluating, Files, EvalConfig):
     """Evaluate a YOLO checkpoint, or a file of detections, with COCO's metric on one process or many."""
 
     def faults(self) -> list[str]:
@@ -340,6 +351,20 @@ class ValConfig(Evaluating, EvalConfig):
         if self.predictions and not (self.data or self.annotations):
             faults.append("--predictions needs --data, the data set, or --annotations, a COCO annotation file.")
         return faults
+
+
+# Which options each source may set. What is not listed counts from the command line alone: it runs code, or names a
+# place that is written over or appended to. `project` and `name` only ever make new folders.
+FROM_FILE = frozenset(
+    field.name
+    for group in (Training, Recipe, Augmentation, Output, Wandb, Evaluating, Data, Validation, Computing, Logging)
+    for field in fields(group)
+)
+# A checkpoint says what it was validated with. A subset is an economy of its training; the rest belongs to the machine.
+FROM_CHECKPOINT = frozenset({
+    "data", "imgsz", "split", "annotations", "classes", "single_cls", "val_batch", "rect", "conf", "iou", "max_det",
+    "max_dets", "end2end", "mixed_precision", "channels_last",
+})  # fmt: skip
 
 
 def _outside(config: Any, low: float, high: float, *names: str) -> list[str]:

@@ -1,7 +1,11 @@
 """How options are read: the command line, below it a file of options, below that what a script hands in."""
 
+import contextlib
 import dataclasses
+import io
 import json
+import os
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,9 +19,11 @@ import yaml
 from ultralytics.cfg import get_cfg
 
 from train.config.errors import InputError
-from train.config.options import C, EvalConfig
+from train.config.options import FROM_FILE, C, EvalConfig
+from train.config.words import as_flag, check_flags, in_words
 
 Kept = Callable[[C, frozenset[str]], dict[str, Any]]
+LARGEST = 10_000_000  # bytes of a file of options
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,8 +31,7 @@ class File:
     """Options from a file."""
 
     cfg: str = ""
-    """A YAML or JSON file of options, below what the command line says: Ultralytics' args.yaml, or a run's
-    config.json, which repeats that run."""
+    """A YAML or JSON file of options, below what the command line says: an args.yaml, or a run's config.json."""
 
 
 def parse(
@@ -42,21 +47,30 @@ def parse(
             without them and the names of the options that were given.
 
     Raises:
-        InputError: the file is not there, or is no mapping, or has a value of another type.
-        SystemExit: the command line is wrong (tyro says how, exit code 2) or asks for help.
+        InputError: the file is not there, or is no mapping, or a value is of another type.
+        SystemExit: the command line names no option of this script (exit code 2) or asks for help.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
-    run = _value_of("--resume", arguments)
-    contradicting = [flag for flag in ("--model", "--data", "--cfg") if run and _value_of(flag, arguments)]
+    check_flags(kind, arguments)
+    run, cfg = _value_of("--resume", arguments), _value_of("--cfg", arguments)
+    contradicting = [flag for flag in ("--model", "--cfg") if run and _value_of(flag, arguments)]
     if contradicting:
         raise InputError(f"--resume goes on with the run's own options; leave out {', '.join(contradicting)}.")
-    values, warnings = _read_file(kind, str(Path(run) / "config.json") if run else _value_of("--cfg", arguments))
+    if run:
+        run = run_folder(run)
+        values, warnings = _read_file(kind, f"{run}/config.json", "--resume")
+    else:
+        values, warnings = _read_file(kind, os.path.expanduser(cfg), "--cfg") if cfg else ({}, [])
     options = _parsed(kind, description, arguments, values)
+    for name, value in options.items():  # which a shell does not do behind `--data=`, in quotes and in files
+        if isinstance(value, str) and value.startswith("~"):
+            options[name] = os.path.expanduser(value)
     if run:  # results.csv has columns for them, and the best epoch is the best by them
+        options["resume"] = run
         fixed = ("split", "annotations", "val_fraction", "val_limit", "max_dets")
         changed = [name for name in fixed if options[name] != values.get(name, getattr(kind(), name))]
         if changed:
-            flags = ", ".join(f"--{name.replace('_', '-')}" for name in changed)
+            flags = ", ".join(map(as_flag, changed))
             raise InputError(f"--resume goes on with what the run is measured by; leave out {flags}.")
     config = kind(**options)
     if kept is not None:
@@ -67,19 +81,39 @@ def parse(
     return config, warnings
 
 
+def run_folder(named: str) -> str:
+    """A run's folder by itself or, as Ultralytics has it, by a checkpoint in its weights."""
+    path = Path(os.path.expanduser(named))
+    if path.suffix == ".pt" and path.parent.name == "weights":
+        path = path.parent.parent
+    return str(path)
+
+
 def _parsed(kind: type[C], description: str, arguments: list[str], values: dict[str, Any]) -> dict[str, Any]:
     """What the command line says, and `values` or the defaults where it says nothing, by name."""
-    # tyro wants a value for what may also be unset
-    optional = ("end2end", "rect", "channels-last")
-    pairs = {f"--{no}{name}": f"--{name}={not no}" for name in optional for no in ("", "no-")}
-    arguments = [pairs.get(argument.replace("_", "-"), argument) for argument in arguments]
     groups = [base for base in kind.__mro__[1:] if dataclasses.is_dataclass(base) and base is not EvalConfig]
     members: list[tuple[str, Any, Any]] = []
     for group in [*groups, File]:
         given = {field.name: values[field.name] for field in dataclasses.fields(group) if field.name in values}
         flat = tyro.conf.OmitArgPrefixes[group]  # type: ignore[valid-type]
         members.append((group.__name__.lower(), flat, dataclasses.field(default=group(**given))))
-    parsed: Any = tyro.cli(dataclasses.make_dataclass("Options", members), args=arguments, description=description)
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            parsed: Any = tyro.cli(
+                dataclasses.make_dataclass("Options", members),
+                args=arguments, description=description, config=(tyro.conf.DisallowNone,),
+            )  # fmt: skip
+    except SystemExit:
+        wrong = re.search(r"Error parsing --([\w-]+)|for argument '--([\w-]+)'", " ".join(said.getvalue().split()))
+        name = (wrong[1] or wrong[2]).replace("-", "_") if wrong else ""
+        types = {field.name: field.type for field in dataclasses.fields(kind)}
+        if name in types:
+            typed_ = " ".join(_values_of(as_flag(name), arguments))
+            value = f"is {typed_!r}" if typed_ else "has no value"
+            raise InputError(f"{as_flag(name)} {value}; it must be {in_words(types[name])}.") from None
+        print(said.getvalue(), end="", file=sys.stderr)
+        raise
     options = {key: value for name, _, _ in members for key, value in vars(getattr(parsed, name)).items()}
     del options["cfg"]
     return options
@@ -87,36 +121,55 @@ def _parsed(kind: type[C], description: str, arguments: list[str], values: dict[
 
 def _value_of(flag: str, arguments: list[str]) -> str:
     """What the command line says behind a flag, which is needed before it is parsed; empty where it is not there."""
+    return " ".join(_values_of(flag, arguments)[:1])
+
+
+def _values_of(flag: str, arguments: list[str]) -> list[str]:
+    """All that stands behind the last of these flags."""
+    found: list[str] = []
     for i, argument in enumerate(arguments):
-        if argument.startswith(f"{flag}="):
-            return argument.removeprefix(f"{flag}=")
-        if argument == flag and i + 1 < len(arguments):
-            return arguments[i + 1]
-    return ""
+        name, equals, value = argument.partition("=")
+        if name.replace("_", "-") == flag:
+            rest = arguments[i + 1 :]
+            found = [value] if equals else rest[: next((k for k, a in enumerate(rest) if a[:2] == "--"), len(rest))]
+    return found
 
 
-def _read_file(kind: type[EvalConfig], file: str) -> tuple[dict[str, Any], list[str]]:
-    """The options of a file by name, in their types, and a warning that names those this project does not have."""
-    if not file:
-        return {}, []
+def _read_file(kind: type[EvalConfig], file: str, flag: str) -> tuple[dict[str, Any], list[str]]:
+    """The options of a file by name, in their types, and warnings that name those that it may not set."""
     load: Callable[[str], Any] = json.loads if file.endswith(".json") else yaml.safe_load
     try:
-        content = load(Path(file).read_text(encoding="utf-8"))
+        if Path(file).exists() and not Path(file).is_file():
+            raise InputError(f"{flag} {file} is not a file.")
+        with open(file, encoding="utf-8-sig") as opened:
+            text = opened.read(LARGEST + 1)
+        if len(text) > LARGEST:
+            raise InputError(f"{flag} {file} is larger than {LARGEST // 1_000_000} MB; it holds no options.")
+        content = load(text)
+    except InputError:
+        raise
     except OSError as error:
-        raise InputError(f"--cfg {file} cannot be read: {error}") from None
-    except (ValueError, yaml.YAMLError) as error:
-        raise InputError(f"--cfg {file} is not {'JSON' if file.endswith('.json') else 'YAML'}: {error}") from None
+        raise InputError(f"{flag} {file} cannot be read: {error.strerror or error}.") from None
+    except (ValueError, yaml.YAMLError, RecursionError) as error:
+        raise InputError(f"{flag} {file} is not {'JSON' if file.endswith('.json') else 'YAML'}: {error}") from None
     if not isinstance(content, dict):
-        raise InputError(f"--cfg {file} holds no options; it must be a mapping such as `epochs: 50`.")
+        raise InputError(f"{flag} {file} holds no options; it must be a mapping such as `epochs: 50`.")
     theirs = "versions" not in content  # else a run's config.json
-    content = {key: value for key, value in content.items() if key not in ("versions", "resume")}  # of that run alone
+    content = {str(key): value for key, value in content.items() if key != "versions"}
     known = {field.name for field in dataclasses.fields(kind)}
     # Ultralytics' files list all its options: what is unset, or stands at its default, asks for nothing.
-    defaults = vars(get_cfg())
+    defaults = vars(get_cfg()) if theirs else {}
     asked = {k: v for k, v in content.items() if v is not None and not (theirs and defaults.get(k, ...) == v)}
-    unknown = sorted(str(key) for key in asked if key not in known)
-    values = typed(kind, {name: value for name, value in asked.items() if name in known}, f"--cfg {file}")
+    unknown = sorted(key for key in asked if key not in known)
+    plain = kind()
+    barred = sorted(key for key in asked.keys() & known - FROM_FILE if asked[key] != getattr(plain, key))
+    if not theirs:
+        barred = [key for key in barred if key != "resume"]  # of that run alone
+    values = typed(kind, {k: v for k, v in asked.items() if k in known & FROM_FILE}, f"{flag} {file}")
     warnings = [f"warning: {file} sets {', '.join(unknown)}, which this project does not have"] if unknown else []
+    if barred:
+        flags = ", ".join(map(as_flag, barred))
+        warnings.append(f"warning: {file} sets {flags}, which counts from the command line alone and is left out")
     return values, warnings
 
 
@@ -128,8 +181,9 @@ def typed(kind: type[EvalConfig], values: dict[str, Any], source: str) -> dict[s
     for name, value in values.items():
         try:
             found[name] = pydantic.TypeAdapter(types[name]).validate_python(value)
-        except pydantic.ValidationError as error:
-            faults.append(f"{source}: {name} is {value!r}; {error.errors()[0]['msg'].lower()}.")
+        except pydantic.ValidationError:
+            shown = repr(value) if isinstance(value, str | int | float) else f"a {type(value).__name__}"
+            faults.append(f"{source}: {name} is {shown[:100]}; it must be {in_words(types[name])}.")
     if faults:
         raise InputError("\n".join(faults))
     return found

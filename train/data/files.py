@@ -1,18 +1,17 @@
 """Where the images of a data set are. Files are read; nothing in them is executed and nothing is downloaded."""
 
-import glob
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pydantic
-import yaml
 from ultralytics.data.utils import IMG_FORMATS
 from ultralytics.utils import ROOT
 
 from train.config.errors import InputError
+from train.data.data_yaml import read_data_yaml
 from train.data.shapes import draw_shapes
 
 
@@ -41,22 +40,41 @@ class DataFiles:
         for entry in _as_list(entries):
             path = _located(self.root, entry)
             if os.path.isdir(path):  # unlike pathlib's, these take any string
-                files += glob.glob(str(Path(glob.escape(str(path))) / "**" / "*.*"), recursive=True)  # follows links
+                files += _files_below(str(path))
             elif os.path.isfile(path):
                 try:
-                    lines = path.read_text(encoding="utf-8-sig").split("\n")
-                except ValueError:
+                    lines = path.read_text(encoding="utf-8-sig", errors="surrogateescape").split("\n")
+                except OSError as error:
                     raise InputError(
-                        f"{self.name} says `{split}: {entry}`, but {path} is not a list in UTF-8."
+                        f"{self.name} says `{split}: {entry}`, but {path} cannot be read: {error.strerror}."
                     ) from None
                 files += (_listed(line.strip(), path.parent, self.root) for line in lines if line.strip())
             else:
-                raise InputError(f"{self.name} says `{split}: {entry}`, but there is no {path}.")
-        files = [file for file in files if file.rpartition(".")[2].lower() in IMG_FORMATS]
+                hint = " Paths are written with / on this system." if "\\" in entry else ""
+                raise InputError(f"{self.name} says `{split}: {entry}`, but there is no {path}.{hint}")
+        others, files = files, [file for file in files if file.rpartition(".")[2].lower() in IMG_FORMATS]
         files = sorted(files if repeats else set(files))
         if not files:
-            raise InputError(f"{self.name}: no images in {', '.join(str(self.root / e) for e in _as_list(entries))}.")
+            places = ", ".join(str(self.root / e) for e in _as_list(entries))
+            there = f" There are {len(others)} other files, first {others[0]}." if others else ""
+            raise InputError(f"{self.name}: no images in {places} ({', '.join(sorted(IMG_FORMATS))}).{there}")
         return files[: max(1, round(fraction * len(files)))] if fraction <= 1 else files[: round(fraction)]
+
+
+def _files_below(folder: str) -> Iterator[str]:
+    """Files with an ending in a folder and below it, but no hidden ones.
+
+    Links are followed, and each folder counts once, so that links in a circle end.
+    """
+    seen: set[tuple[int, int]] = set()
+    for place, folders, files in os.walk(folder, followlinks=True):
+        here = os.stat(place)
+        if (here.st_dev, here.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((here.st_dev, here.st_ino))
+        folders[:] = sorted(name for name in folders if name[0] != ".")
+        yield from (os.path.join(place, name) for name in files if name[0] != "." and "." in name)
 
 
 def _located(root: Path, entry: str) -> Path:
@@ -80,11 +98,17 @@ def _listed(line: str, beside: Path, root: Path) -> str:
     return str(root / line)
 
 
-def find_data(data: str, single_cls: bool = False) -> DataFiles:
+def find_data(data: str, single_cls: bool = False, classes: tuple[int, ...] | None = None) -> DataFiles:
     """Resolve `--data`; nothing in the YAML is executed and nothing is downloaded. Call it on one process: it may draw.
 
+    Args:
+        data: the option.
+        single_cls: whether all classes are one.
+        classes: indices that are asked for; unset asks for all.
+
     Raises:
-        InputError: no such YAML, a YAML that is not a data set's, or a data set that is not on this machine.
+        InputError: no such YAML, a YAML that is not a data set's, a data set that is not on this machine, or one that
+            lacks a class.
     """
     if data == "shapes":
         try:
@@ -93,50 +117,25 @@ def find_data(data: str, single_cls: bool = False) -> DataFiles:
             raise InputError(
                 f"--data shapes is drawn into {Path('datasets').absolute()}, and cannot be: {error}"
             ) from None
-    path = Path(os.path.expanduser(data))
+    path = Path(data)
+    if os.path.isdir(path):
+        found = sorted([*path.glob("*.yaml"), *path.glob("*.yml")])
+        hint = f"such as {found[0]}" if found else "which lists train, val and names"
+        raise InputError(f"--data is {data!r}, a folder; name its data YAML, {hint}.")
     if not os.path.isfile(path):
         packaged = ROOT / "cfg" / "datasets" / path.name
         if path.suffix not in (".yaml", ".yml") or str(path) != path.name or not packaged.is_file():
-            raise InputError(f"--data is {data!r}, but there is no such file (looked for {path.absolute()}).")
+            hint = " Paths are written with / on this system." if "\\" in data else ""
+            raise InputError(f"--data is {data!r}, but there is no such file (looked for {path.absolute()}).{hint}")
         path = packaged
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError, RecursionError, OSError) as error:
-        raise InputError(f"{path} is not YAML that can be read: {error}") from None
-    try:
-        given = _DataYaml.model_validate(content if isinstance(content, dict) else {})
-    except pydantic.ValidationError as error:
-        faults = "; ".join(f"`{'.'.join(map(str, e['loc'][:1]))}`: {e['msg'].lower()}" for e in error.errors())
-        raise InputError(f"{path} is not a data YAML, which lists train, val and names ({faults}).") from None
-    if given.names is None:
-        if given.nc is None:
-            raise InputError(f"{path} has no `names`; a data YAML lists train, val and the class names.")
-        given.names = [f"class_{index}" for index in range(given.nc)]
-    pairs = given.names.items() if isinstance(given.names, dict) else enumerate(given.names)
-    names = {index: str(name) for index, name in pairs}
-    if not names or sorted(names) != list(range(len(names))):
-        raise InputError(
-            f"{path}: the class indices in `names` are {sorted(names)}; they must go from 0 up, one by one."
-        )
-    if given.nc is not None and given.nc != len(names):
-        raise InputError(f"{path} says nc: {given.nc} but names {len(names)} classes.")
-    splits = {name: entries for name in ("train", "val", "test") if (entries := getattr(given, name))}
-    root = _root(path, given.path, splits)
-    return DataFiles(str(path.absolute()), root, {0: "item"} if single_cls else names, given.channels, splits)
-
-
-class _DataYaml(pydantic.BaseModel):
-    """What is read of a data YAML; everything else in it is left alone."""
-
-    path: str | None = None
-    train: str | list[str] | None = None
-    val: str | list[str] | None = pydantic.Field(
-        default=None, validation_alias=pydantic.AliasChoices("val", "validation")
-    )
-    test: str | list[str] | None = None
-    names: dict[int, Any] | list[Any] | None = None
-    nc: int | None = pydantic.Field(default=None, ge=1, le=1_000_000)
-    channels: int = pydantic.Field(default=3, ge=1)
+    if path.suffix not in (".yaml", ".yml"):
+        raise InputError(f"--data is {data!r}; it must be a data YAML, which lists train, val and names.")
+    given = read_data_yaml(path)
+    if lacking := [index for index in classes or () if index not in given.names]:
+        raise InputError(f"--classes names {lacking[0]}, but {path} has the classes 0 to {len(given.names) - 1}.")
+    root = _root(path, given.path, given.splits)
+    names = {0: "item"} if single_cls else given.names
+    return DataFiles(str(path.absolute()), root, names, given.channels, given.splits)
 
 
 def _root(path: Path, named: str | None, splits: dict[str, Any]) -> Path:
@@ -158,8 +157,8 @@ def _root(path: Path, named: str | None, splits: dict[str, Any]) -> Path:
 
 def _ultralytics_datasets() -> list[Path]:
     """The data-set folder in the user's Ultralytics settings, which are only read."""
-    base = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
     try:
+        base = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
         return [Path(json.loads((Path(base) / "Ultralytics" / "settings.json").read_text())["datasets_dir"])]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError):  # RuntimeError: no home folder
         return []

@@ -16,6 +16,7 @@ from ultralytics.data.utils import img2label_paths
 
 from train.config.errors import InputError
 from train.config.options import EvalConfig
+from train.config.words import printable
 from train.data.formats import Labels, read_image
 
 Counted = Callable[[Iterable[Any], int], Iterable[Any]]
@@ -65,7 +66,7 @@ def scan(
         entry for _, entry in sorted((pair for part in gather_object([mine]) for pair in part), key=lambda p: p[0])
     ]
     usable = [_chosen(entry, config) for entry in found if isinstance(entry, Labels)]
-    return usable, [entry for entry in found if isinstance(entry, str)]
+    return usable, [printable(entry) for entry in found if isinstance(entry, str)]
 
 
 def subset(images: int, fraction: float, limit: int | None) -> Sequence[int]:
@@ -84,14 +85,23 @@ def _chosen(entry: Labels, config: EvalConfig) -> Labels:
 
 
 def check_usable(
-    name: str, train: list[Labels] | None, val: list[Labels], faults: list[str], strict: bool = False
+    name: str, train: list[Labels] | None, val: list[Labels], faults: list[str], config: EvalConfig
 ) -> None:
-    """Raise InputError where nothing is left to train on or to validate on, or, if strict, where a file is faulty."""
-    if strict and faults:
+    """Raise InputError where nothing is left to train on or to validate on, or, with --strict, where a file is faulty.
+
+    Args:
+        name: of the data set.
+        train: labels of the images to train on; None where nothing is trained.
+        val: labels of the images to validate on.
+        faults: a sentence for each file that is left out.
+        config: the classes that count, and whether it is strict.
+    """
+    if getattr(config, "strict", False) and faults:
         raise InputError("--strict, and these files are faulty:\n" + "\n".join(faults))
     reason = f" First of {len(faults)} faults: {faults[0]}" if faults else ""
     if train is not None and not any(len(entry.cls) for entry in train):
-        raise InputError(f"{name}: no train image has a usable label.{reason}")
+        only = "" if config.classes is None else f" of --classes {' '.join(map(str, config.classes))}"
+        raise InputError(f"{name}: no train image has a usable label{only}.{reason}")
     if not val:
         raise InputError(f"{name}: no image to validate on can be used.{reason}")
 

@@ -8,6 +8,7 @@ Neither knows the number of processes or workers, so both are the same for any.
 import math
 import os
 import random
+import time
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import fields, replace
@@ -20,9 +21,11 @@ from ultralytics.cfg import get_cfg
 from ultralytics.data.augment import Albumentations, Compose, v8_transforms
 from ultralytics.data.dataset import YOLODataset
 
+from train.config.errors import InputError
 from train.config.options import Augmentation, TrainConfig
 from train.data.formats import Labels
 
+PAUSES = (0.1, 1.0, 5.0)  # seconds before an image that cannot be read is tried again
 GROUP = 16  # positions whose images are each other's mosaic partners
 
 
@@ -39,6 +42,24 @@ class Images(YOLODataset):
     def get_img_files(self, img_path: Any) -> list[str]:
         """Paths of the images whose labels are known."""
         return [entry.im_file for entry in self.scanned]
+
+    def load_image(self, i: int, *args: Any, **kwargs: Any) -> tuple:
+        """Decode an image. What the scan has found readable is tried again: a network disk may be away for a moment.
+
+        Raises:
+            InputError: it stays unreadable.
+        """
+        for pause in (*PAUSES, None):
+            try:
+                return super().load_image(i, *args, **kwargs)
+            except FileNotFoundError:  # what Ultralytics makes of any image that cannot be read
+                if pause is None:
+                    raise InputError(
+                        f"{self.im_files[i]} can no longer be read, as it could when the run began. Mend the disk or "
+                        "the file and go on with --resume; a file that is gone or broken is left out from then on."
+                    ) from None
+                time.sleep(pause)
+        raise AssertionError
 
     def get_labels(self) -> list[dict]:
         """The labels in Ultralytics' form."""

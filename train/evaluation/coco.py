@@ -102,8 +102,13 @@ def _hotcoco(truth: dict[str, Any], detections: np.ndarray, max_dets: list[int])
     for start in range(0, len(images), CHUNK):
         chunk = images[start : start + CHUNK]
         first, last = np.searchsorted(detections[:, 0], (chunk[0]["id"], chunk[-1]["id"] + 1))
-        stream.update(chunk, [a for image in chunk for a in annotations[image["id"]]], detections[first:last])
+        stream.update(_plain(chunk), [a for image in chunk for a in annotations[image["id"]]], detections[first:last])
     return stream.finalize()
+
+
+def _plain(images: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """COCO images without their file names, which need not be UTF-8, as hotcoco's are."""
+    return [{key: image[key] for key in ("id", "width", "height")} for image in images]
 
 
 def _pycocotools(truth: dict[str, Any], detections: np.ndarray, max_dets: list[int]) -> Any:
@@ -162,7 +167,7 @@ def diagnose(truth: dict[str, Any], detections: np.ndarray, confidence: float = 
     if hotcoco is None:
         return None
     with contextlib.redirect_stdout(io.StringIO()):
-        coco = hotcoco.COCO(truth)
+        coco = hotcoco.COCO(truth | {"images": _plain(truth["images"])})
         everything = hotcoco.COCOeval(coco, coco.loadRes(detections), "bbox")
         everything.evaluate()
         tide = everything.tide_errors()["delta_ap"]

@@ -6,11 +6,12 @@ import numpy as np
 import torch
 from torch import nn
 from ultralytics.cfg import get_cfg
-from ultralytics.nn.tasks import DetectionModel, yaml_model_load
+from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils.torch_utils import ModelEMA as ModelEMA  # for the scripts
 
 from train.config.errors import InputError
 from train.config.options import TrainConfig
+from train.model.architecture import build_detector, read_architecture
 from train.model.weights import load_detector
 
 
@@ -24,20 +25,17 @@ def build_model(config: TrainConfig, source: str, names: dict[int, str], channel
         channels: image channels.
     """
     weights = None
-    yaml: dict | str = source
     if source.endswith(".pt"):
         weights, _ = load_detector(source, config.trust_checkpoint)
-        yaml = dict(weights.yaml)
-        own = weights.yaml.get("channels", 3)
+        architecture = dict(weights.yaml)
+        own = architecture.get("channels", 3)
         if own != channels:
             raise InputError(f"{config.model} takes images of {own} channels, the data set has {channels}.")
+        if config.resume:
+            _check_classes(config, weights.names, names)
     else:
-        head = str(yaml_model_load(source)["head"][-1][2])
-        if head not in ("Detect", "v10Detect"):
-            raise InputError(
-                f"--model {config.model} ends in a {head} head; these scripts are for YOLO detection models."
-            )
-    model = DetectionModel(yaml, ch=channels, nc=len(names), verbose=False)
+        architecture = read_architecture(source)
+    model = build_detector(architecture, channels, len(names), f"--model {config.model}")
     model.names = names  # before load(), so that the head's rows are matched by class name
     origin = f"{Path(config.model).name} from scratch"
     if weights is not None:
@@ -58,6 +56,21 @@ def build_model(config: TrainConfig, source: str, names: dict[int, str], channel
     for name, parameter in model.named_parameters():  # the DFL's weights are the integers it sums over
         parameter.requires_grad = ".dfl" not in name and not name.startswith(frozen)
     return model, origin
+
+
+def _check_classes(config: TrainConfig, knows: dict[int, str], names: dict[int, str]) -> None:
+    """Raise InputError where a run is resumed on a data set of other classes than its own."""
+    if knows == names:
+        return
+    if len(knows) != len(names):
+        what = f"was trained on {len(knows)} classes, {config.data} names {len(names)}"
+    else:
+        first = next(index for index in names if knows.get(index) != names[index])
+        what = f"knows class {first} as {knows.get(first)!r}, {config.data} names it {names[first]!r}"
+    raise InputError(
+        f"--resume {config.resume}: the run {what}. Start a new run from its weights: "
+        f"--model {config.resume}/weights/last.pt"
+    )
 
 
 def set_end2end(model: DetectionModel, end2end: bool, source: str) -> None:

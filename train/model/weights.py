@@ -1,6 +1,7 @@
 """Checkpoints and model YAMLs: found, fetched, read without running code, and written for `ultralytics.YOLO`."""
 
 import os
+import re
 from copy import deepcopy
 from datetime import datetime
 from pathlib import Path
@@ -11,24 +12,43 @@ from ultralytics import __version__ as ultralytics_version
 from ultralytics.cfg import get_cfg
 from ultralytics.nn import tasks
 from ultralytics.nn.modules.head import Detect, v10Detect
-from ultralytics.nn.tasks import BaseModel, DetectionModel, load_checkpoint, yaml_model_load
+from ultralytics.nn.tasks import BaseModel, DetectionModel, load_checkpoint
 from ultralytics.utils.checks import check_yolov5u_filename
 from ultralytics.utils.downloads import GITHUB_ASSETS_NAMES, GITHUB_ASSETS_REPO, attempt_download_asset
 
 from train.config.errors import InputError
+from train.model.architecture import read_architecture
+
+EXPORTED = (
+    ".onnx",
+    ".engine",
+    ".torchscript",
+    ".tflite",
+    ".mlpackage",
+    ".mlmodel",
+    ".xml",
+    ".pb",
+    ".bin",
+    ".safetensors",
+)
 
 
-def fetch_weights(model: str) -> str:
+def fetch_weights(model: str, flag: str = "--model") -> str:
     """Path of the checkpoint or YAML that `model` names; an official checkpoint that is not there is downloaded.
 
     Call it on one process. Raises InputError where the file is not there and cannot be had.
     """
-    path = Path(os.path.expanduser(model))
+    path = Path(model)
+    if path.is_dir():
+        if flag == "--weights" and (best := best_of_run(model)) != model:
+            return best
+        found = sorted(path.rglob("*.pt"))[:1]
+        raise InputError(f"{flag} {model} is a folder; name a file" + (f", such as {found[0]}." if found else "."))
     if path.suffix == ".pt":
         if path.is_file():
             return str(path)
         official = check_yolov5u_filename(path.name, verbose=False)  # yolov5n.pt is yolov5nu.pt here
-        if str(path) != path.name or official not in GITHUB_ASSETS_NAMES:
+        if path.exists() or str(path) != path.name or official not in GITHUB_ASSETS_NAMES:
             raise InputError(f"There is no checkpoint {path} (looked in {path.absolute().parent}).")
         try:
             return attempt_download_asset(official)
@@ -38,15 +58,26 @@ def fetch_weights(model: str) -> str:
                 f"Get it from https://github.com/{GITHUB_ASSETS_REPO}/releases and put it there, "
                 f"or train from scratch with {path.stem}.yaml."
             ) from None
-    if path.suffix in (".yaml", ".yml"):
-        try:
-            yaml_model_load(model)  # knows that yolov8n.yaml is yolov8.yaml at scale n
-            return model
-        except FileNotFoundError:
-            raise InputError(
-                f"There is no model {model}, neither a file nor one of Ultralytics' (yolov8n.yaml, yolo11s.yaml, …)."
-            ) from None
-    raise InputError(f"--model is {model!r}; it must be an Ultralytics model .yaml or a .pt checkpoint.")
+    if path.suffix in (".yaml", ".yml") and flag == "--model":
+        read_architecture(str(path))
+        return str(path)
+    if path.suffix in EXPORTED or path.name.endswith(EXPORTED):
+        raise InputError(f"{flag} is {model!r}, an exported model; name the .pt checkpoint that it was made from.")
+    kinds = (
+        "an Ultralytics model .yaml or a .pt checkpoint" if flag == "--model" else "a .pt checkpoint or a run's folder"
+    )
+    hint = f" Did you mean {path.name}.yaml or {path.name}.pt?" if not path.suffix and _is_official(path.name) else ""
+    raise InputError(f"{flag} is {model!r}; it must be {kinds}.{hint}")
+
+
+def best_of_run(weights: str) -> str:
+    """best.pt of a run, where its folder is named; else what is named."""
+    best = Path(weights) / "weights" / "best.pt"
+    return str(best) if best.is_file() else weights
+
+
+def _is_official(name: str) -> bool:
+    return f"{name}.pt" in GITHUB_ASSETS_NAMES or name.startswith(("yolo1", "yolo2", "yolov"))
 
 
 def _first_line(error: BaseException) -> str:
@@ -59,26 +90,48 @@ def load_detector(weights: str, trust: bool = False) -> tuple[DetectionModel, di
     The file is read with torch's weights-only rules and Ultralytics' list of allowed classes, so that it cannot run
     code, unless it is trusted.
     """
+    foreign: list[str] = []
     tasks.SAFE_LOAD = not trust  # Ultralytics' switch for the process; load_checkpoint has no parameter for it
     try:
-        if any(name.startswith("models.") for name in torch.serialization.get_unsafe_globals_in_checkpoint(weights)):
+        try:
+            held = torch.serialization.get_unsafe_globals_in_checkpoint(weights)
+        except ValueError:  # not the zip file that torch has written since 1.6
+            held = []
+        if any(name.startswith("models.") for name in held):
             name = Path(weights).stem
             raise InputError(
                 f"{weights} is a checkpoint of the original YOLOv5 code. Use its successor {name}u.pt from "
                 f"https://github.com/{GITHUB_ASSETS_REPO}/releases, or train from scratch with {name}.yaml."
             )
-        model, checkpoint = load_checkpoint(weights)
+        foreign = [name for name in held if name.partition(".")[0] not in ("ultralytics", "torch")]
+        # By its whole path: a damaged file with the bare name of an official one Ultralytics would delete and download.
+        model, checkpoint = load_checkpoint(str(Path(weights).absolute()))
     except InputError:
         raise
     except Exception as error:  # a broken pickle fails in as many ways as there are bytes
-        hint = "" if trust else " --trust-checkpoint loads classes other than Ultralytics' and torch's, and their code."
-        raise InputError(f"{weights} is not a checkpoint that can be loaded: {_first_line(error)}{hint}") from None
+        if not trust and (foreign := foreign or _refused(error)):
+            raise InputError(
+                f"{weights} is not a checkpoint that can be loaded: it holds {', '.join(map(repr, foreign[:3]))}, of "
+                "neither Ultralytics nor torch. --trust-checkpoint loads that, and runs its code."
+            ) from None
+        reason = "it is cut off, damaged, or no checkpoint" if os.path.getsize(weights) else "it is empty"
+        raise InputError(f"{weights} is not a checkpoint that can be loaded: {reason} ({_kind(error)}).") from None
     finally:
         tasks.SAFE_LOAD = True
     if type(model) is not DetectionModel or type(model.model[-1]) not in (Detect, v10Detect):  # segmentation inherits
         kind = type(model.model[-1]).__name__ if isinstance(model, BaseModel) else type(model).__name__
         raise InputError(f"{weights} ends in a {kind} head; these scripts are for YOLO detection models.")
     return model, {key: value for key, value in checkpoint.items() if key not in ("model", "ema")}
+
+
+def _kind(error: BaseException) -> str:
+    """The error's kind, or that of the cause which Ultralytics has wrapped with a hint for its own command line."""
+    return type(error.__cause__ or error).__name__
+
+
+def _refused(error: BaseException) -> list[str]:
+    """The class that torch's weights-only rules have refused to load, where that is the error."""
+    return re.findall(r"GLOBAL (\S+) was not an allowed global", str(error.__cause__ or error))
 
 
 def trained_with(weights: str, trust: bool = False) -> dict[str, Any]:

@@ -21,6 +21,28 @@ def whole_file(path: Path) -> Iterator[Path]:
         draft.unlink(missing_ok=True)
 
 
+def check_folder(folder: Path, flag: str) -> None:
+    """Raise InputError where a folder is not there and could not be made, or could not be written to."""
+    there = folder.absolute()
+    while not there.exists() and there != there.parent:
+        there = there.parent
+    if not there.is_dir():
+        raise InputError(f"The folder {folder} cannot be made: {there} is a file. Name another with {flag}.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise InputError(f"The folder {folder} cannot be made: {there} cannot be written to. Name another with {flag}.")
+
+
+def check_file(file: str, flag: str) -> None:
+    """Raise InputError where a file is named that could not be written; an empty name is none."""
+    if not file:
+        return
+    if os.path.isdir(file):
+        raise InputError(f"{flag} is {file!r}, a folder; name a file in it.")
+    check_folder(Path(file).parent, flag)
+    if os.path.exists(file) and not os.access(file, os.W_OK):
+        raise InputError(f"{flag} is {file!r}, which cannot be written to.")
+
+
 def new_folder(project: Path, name: str, exactly: str = "") -> Path:
     """Make `project`/`name`, or name2, name3, … where it is taken; or `exactly` that folder. Call it on one process.
 
@@ -38,7 +60,7 @@ def new_folder(project: Path, name: str, exactly: str = "") -> Path:
             folder.mkdir(exist_ok=True)
         return folder.resolve()
     except OSError as error:
-        raise InputError(f"The folder {folder} cannot be made: {error}. Name another, or free this one.") from None
+        raise InputError(f"The folder {folder} cannot be made: {error.strerror or error}.") from None
 
 
 def _made(folder: Path) -> bool:

@@ -67,8 +67,8 @@ def main() -> None:
         command = launch_command(options.gpus, options.cpus) + options.script[1:]
     except InputError as error:
         parser.exit(2, f"error: {error}\n")
-    if train.settings is not None:  # else all ranks would share this process's
-        train.settings.cleanup()
+    train.scratch.cleanup()
+    if os.environ.get("YOLO_CONFIG_DIR") == train.scratch.name:  # else all ranks would share this process's
         del os.environ["YOLO_CONFIG_DIR"]
     os.execvp(command[0], command)
 

@@ -1,5 +1,6 @@
 """How every script begins and ends: its options, what it says of an error and by which rank, its exit code."""
 
+import atexit
 import contextlib
 import logging
 import os
@@ -13,7 +14,10 @@ import torch
 from train.config.errors import InputError
 from train.config.options import C
 from train.config.reading import Kept, parse
+from train.config.words import printable
+from train.processes import signals
 from train.processes.devices import launched
+from train.processes.scratch import clean_up
 from train.processes.watch import is_first, log_stream
 
 
@@ -21,8 +25,11 @@ def run(main: Callable[[C], None], kind: type[C], description: str, kept: Kept |
     """Read the options and run a script's main with them.
 
     An error is said once: by the rank that failed first, with its number and the path of its log, where the traceback
-    is. What a person can mend is one message: exit code 2 for bad input, 1 for a loss that is no longer a number.
+    is. What a person can mend is one message. Exit codes: 0 done, 2 bad input, 130 Ctrl-C, 128 + its number for another
+    signal, 1 anything else, a loss that is no longer a number included.
     """
+    signals.during_work()
+    _never_fail_to_print()
     code = 0
     logging.getLogger("train").addHandler(logging.NullHandler())  # else logging prints what no file takes yet
     try:
@@ -31,12 +38,14 @@ def run(main: Callable[[C], None], kind: type[C], description: str, kept: Kept |
             print("\n".join(warnings), end="\n" * bool(warnings), file=sys.stderr)
         main(config)
     except (InputError, FloatingPointError) as error:
-        logging.getLogger("train").error(str(error))
-        _say_first(f"error: {error}")
+        message = printable(_own_words(error), newlines=True)
+        logging.getLogger("train").error(message)
+        _say_first(f"error: {message}")
         code = 2 if isinstance(error, InputError) else 1
-    except KeyboardInterrupt:
-        _say_first("interrupted")
-        code = 130
+    except signals.Ended as end:
+        logging.getLogger("train").warning(signals.in_words(end.number))
+        _say_first(signals.in_words(end.number))
+        code = signals.exit_code(end.number)
     except Exception as error:
         code = 1
         logging.getLogger("train").exception("this rank failed")
@@ -44,10 +53,27 @@ def run(main: Callable[[C], None], kind: type[C], description: str, kept: Kept |
         if launched("WORLD_SIZE", 1) > 1:  # nothing that waits for the other ranks may stand in the way of the exit
             logging.shutdown()
             sys.stdout.flush()
+            clean_up()
             os._exit(code)
     if torch.distributed.is_initialized():  # left open, its threads may abort the process at exit
         torch.distributed.destroy_process_group()
+    atexit.register(clean_up)
     sys.exit(code)
+
+
+def _never_fail_to_print() -> None:
+    """Streams that are closed, as under cron, become silent; what an encoding lacks is escaped."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  # for as long as the process lives
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _own_words(error: BaseException) -> str:
+    """An error's message; of one that a loader's worker raised, without the traceback that torch puts before it."""
+    return str(error).rpartition(f"{type(error).__name__}: ")[2].strip()
 
 
 @contextlib.contextmanager
@@ -71,13 +97,15 @@ def _say_first(text: str) -> None:
             return
     elif launched("LOCAL_RANK", 0) != 0:
         return
-    print(text, file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # nobody reads it
+        print(text, file=sys.stderr, flush=True)
 
 
 def _failure(error: Exception) -> str:
     """An unforeseen error for the console; the whole traceback where there is no log yet."""
     rank, ranks = launched("RANK", 0), launched("WORLD_SIZE", 1)
-    lines = [f"error: rank {rank} of {ranks} on {platform.node()} failed: {type(error).__name__}: {error}"]
+    what = printable(f"{type(error).__name__}: {error}", newlines=True)
+    lines = [f"error: rank {rank} of {ranks} on {platform.node()} failed: {what}"]
     if (log := log_stream()) is None:
         return "\n".join(["".join(traceback.format_exception(error)), *lines])
     ours = [f for f in traceback.extract_tb(error.__traceback__) if f"{os.sep}train{os.sep}" in f.filename]

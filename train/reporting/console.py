@@ -1,11 +1,12 @@
 """The console and the logs: whole lines or a live bar from the main process, one log file for each rank."""
 
+import contextlib
 import logging
 import logging.handlers
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
@@ -13,10 +14,30 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from train.config.options import EvalConfig
+from train.config.words import printable
 from train.processes.watch import Watch
 
 T = TypeVar("T")
 NO_TERMINAL = ("JPY_PARENT_PID", "KAGGLE_KERNEL_RUN_TYPE", "COLAB_RELEASE_TAG", "CI")
+
+
+class Log(logging.FileHandler):
+    """A log file; where it cannot be written any more, that is said once and the run goes on."""
+
+    def __init__(self, file: Path, say: Callable[[str], None]):
+        super().__init__(file, encoding="utf-8", errors="backslashreplace")
+        self.say, self.failed = say, False
+
+    def handleError(self, record: logging.LogRecord) -> None:  # logging's name
+        """Instead of a traceback for each line."""
+        if not self.failed:
+            self.failed = True
+            self.say(f"warning: {self.baseFilename} cannot be written ({sys.exc_info()[1]}); the run goes on")
+
+    def close(self) -> None:
+        """Close the file, whose last lines may have found no room."""
+        with contextlib.suppress(OSError):
+            super().close()
 
 
 class Console:
@@ -51,6 +72,7 @@ class Console:
 
     def say(self, line: str) -> None:
         """A line on the console, from the main process, and in the log of every rank."""
+        line = printable(line)
         self.logger.log(logging.WARNING if line.startswith("warning:") else logging.INFO, line)
         self.watch.last_line = time.monotonic()
         if not self.accelerator.is_main_process:  # accelerator.print alone would say it once on each machine
@@ -58,10 +80,22 @@ class Console:
         if self.colours and line.startswith("warning:"):
             line = f"\x1b[33m{line}\x1b[0m"
         bar = self.bar  # the watch speaks from a thread of its own, while this one may close the bar
-        if bar is None:
-            self.accelerator.print(line, flush=True)
-        else:
-            bar.write(line)
+        with self._going_on():
+            if bar is None:
+                self.accelerator.print(line, flush=True)
+            else:
+                bar.write(line)
+
+    @contextlib.contextmanager
+    def _going_on(self) -> Iterator[None]:
+        """A console that nobody reads any more, or whose disk is full, goes silent; the run goes on with its logs."""
+        try:
+            yield
+        except OSError as error:
+            self.bar, self.shows_bar = None, False
+            with contextlib.suppress(OSError):  # else Python fails to flush at its end
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            self.logger.warning(f"warning: the console is gone ({error.strerror}); the run goes on, and says all here")
 
     def progress(self, line: str) -> None:
         """A line on how far work has come: only in the logs where there is a bar, or where none is wanted."""
@@ -78,24 +112,28 @@ class Console:
         """On a terminal: a live bar, until `close_bar`."""
         if self.shows_bar:
             colour = "green" if self.colours else None
-            self.bar = tqdm(
-                total=total, desc=words, unit=unit, leave=False, dynamic_ncols=True, file=sys.stdout, colour=colour
-            )
+            with self._going_on():
+                self.bar = tqdm(
+                    total=total, desc=words, unit=unit, leave=False, dynamic_ncols=True, file=sys.stdout, colour=colour
+                )
 
     def advance(self) -> None:
         """Move the bar by one, where there is one."""
         if self.bar is not None:
-            self.bar.update()
+            with self._going_on():
+                self.bar.update()
 
     def annotate(self, words: str) -> None:
         """Words behind the bar, where there is one."""
         if self.bar is not None:
-            self.bar.set_postfix_str(words)
+            with self._going_on():
+                self.bar.set_postfix_str(words)
 
     def close_bar(self) -> None:
         """Take the bar away, where there is one."""
         if self.bar is not None:
-            self.bar.close()
+            with self._going_on():
+                self.bar.close()
             self.bar = None
 
     def counted(self, items: Iterable[T], total: int, words: str, unit: str) -> Iterator[T]:
@@ -116,7 +154,7 @@ class Console:
         if self.config.log_file and self.accelerator.is_main_process:
             files.append(Path(self.config.log_file))
             files[-1].parent.mkdir(parents=True, exist_ok=True)
-        logs = [logging.FileHandler(file, encoding="utf-8") for file in files]
+        logs = [Log(file, self.say) for file in files]
         for log in logs:
             log.setFormatter(logging.Formatter(f"%(asctime)s rank{rank} %(levelname)s %(message)s"))
             for record in self.early.buffer:

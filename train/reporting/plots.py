@@ -15,6 +15,7 @@ from ultralytics.utils.metrics import ConfusionMatrix, plot_mc_curve, plot_pr_cu
 from ultralytics.utils.patches import imread
 from ultralytics.utils.plotting import Annotator, colors, plot_images, plot_labels
 
+from train.config.words import printable
 from train.data.formats import Labels
 from train.evaluation.evaluate import Evaluation
 
@@ -117,7 +118,7 @@ def draw_page(
         if picture is None:
             continue
         pair = np.hstack([_tile(picture, boxes, names, colour) for boxes in boxes_on(image, truth, detections)])
-        text = f"{Path(image['file_name']).name}  {caption}"
+        text = printable(f"{Path(image['file_name']).name}  {caption}")
         cv2.putText(pair, text, (6, TILE + 20), cv2.FONT_HERSHEY_SIMPLEX, 0.45, (0, 0, 0), 1, cv2.LINE_AA)
         pairs.append(pair)
         if len(pairs) == count:
@@ -186,7 +187,7 @@ def draw_batch(batch: dict[str, Any], names: dict[int, str], file: Path) -> None
     shown = {name: batch[name].to("cpu", copy=True) for name in ("img", "cls", "bboxes", "batch_idx")}
     shown["cls"] = shown["cls"].squeeze(-1)
     shown["img"] = shown["img"].float() / 255  # Ultralytics takes uint8 images for floats where the first one is black
-    plot_images(shown, paths=batch["im_file"], fname=file, names=names, threaded=False)
+    plot_images(shown, paths=[printable(file) for file in batch["im_file"]], fname=file, names=names, threaded=False)
 
 
 def draw_results(rows: list[dict[str, Any]], val: str, file: Path) -> None:

@@ -3,7 +3,7 @@
 All ranks call these methods at the same places with the same numbers; the main process alone prints, writes and draws.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ class Report:
         self.accelerator, self.config = accelerator, config
         self.console = Console(accelerator, config)
         self.watch = self.console.watch
+        self.warned: set[str] = set()
 
     def say(self, line: str) -> None:
         """A line on the console and in the log of every rank."""
@@ -47,10 +48,21 @@ class Report:
         self.results.config(config)
         self.draws = config.plots and self.results.writes
 
+    def going_on(self, what: str, work: Callable[[], Any]) -> None:
+        """Do what a run can do without, such as a picture: where it fails that is said once, and the run goes on."""
+        try:
+            work()
+        except Exception as error:
+            if what not in self.warned:
+                self.warned.add(what)
+                reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+                self.say(f"warning: {what} could not be written ({reason}); the run goes on")
+                self.console.logger.debug("the traceback", exc_info=True)
+
     def faults(self, faults: list[str]) -> None:
         """Say how many images are left out, and list them with the reasons in the run's folder."""
         if faults:
-            self.results.write("faults.txt", "\n".join(faults) + "\n")
+            self.going_on("faults.txt", lambda: self.results.write("faults.txt", "\n".join(faults) + "\n"))
             where = self.folder / "faults.txt"
             self.say(f"warning: {len(faults)} images are left out; {where} says why. First: {faults[0]}")
 
@@ -83,20 +95,20 @@ class Report:
         self.say(lines.timing_line(result))
 
     def evaluation(self, evaluation: Evaluation, truth: dict[str, Any], config: EvalConfig) -> None:
-        """COCO's table on the console; metrics, predictions and truth as JSON; pictures (collective)."""
-        for line in lines.table(evaluation, config):
-            self.say(line)
+        """Metrics, predictions and truth as JSON, then COCO's table on the console, then pictures (collective)."""
         diagnosis = None
         if config.plots:
             diagnosis = on_main(self.accelerator, lambda: diagnose(truth, evaluation.detections))  # collective
-            if diagnosis is None:
-                self.say("hotcoco is not installed: no confusion matrix, no TIDE errors")
-            elif any(diagnosis["tide"].values()):
-                lost = "  ".join(f"{kind} {share:.3f}" for kind, share in diagnosis["tide"].items())
-                self.say(f"AP50 lost to errors (TIDE): {lost}")
-        self.results.evaluation(evaluation, truth, diagnosis["tide"] if diagnosis else None, config.subset)
+        tide = diagnosis["tide"] if diagnosis else None
+        self.going_on("results", lambda: self.results.evaluation(evaluation, truth, tide, config.subset))
+        for line in lines.table(evaluation, config):
+            self.say(line)
+        if config.plots and diagnosis is None:
+            self.say("hotcoco is not installed: no confusion matrix, no TIDE errors")
+        if tide and evaluation.metrics["AP50"] > 0:  # of nothing nothing can be lost
+            self.say(f"AP50 lost to errors (TIDE): {'  '.join(f'{kind} {lost:.3f}' for kind, lost in tide.items())}")
         if self.draws:
-            draw_evaluation(evaluation, truth, diagnosis, self.folder)
+            self.going_on("pictures", lambda: draw_evaluation(evaluation, truth, diagnosis, self.folder))
 
     def close(self) -> None:
         """Finish the watch and the logs."""

@@ -64,13 +64,13 @@ class TrainingReport(Report):
         self.say(f"run        {self.folder}")
         self.names = train.data["names"]
         if self.draws:
-            draw_labels(train.scanned, self.names, self.folder)
+            self.going_on("pictures", lambda: draw_labels(train.scanned, self.names, self.folder))
 
     def start_trackers(self, config: TrainConfig, state: TrainState) -> None:
         """Start the trackers; the id of the W&B run goes into the run's folder and its checkpoints (collective)."""
         state.wandb_id = self.tracking.start(config, self.folder, state.wandb_id) or state.wandb_id
         if state.wandb_id:
-            self.results.write("wandb_id.txt", state.wandb_id + "\n")
+            self.going_on("wandb_id.txt", lambda: self.results.write("wandb_id.txt", state.wandb_id + "\n"))
 
     def epoch_starts(self, epoch: int, schedule: Schedule) -> None:
         """Start the epoch's clock and, on a terminal, its progress bar."""
@@ -84,7 +84,8 @@ class TrainingReport(Report):
     def training_batch(self, i: int, batch: dict[str, Any]) -> None:
         """Draw one of the first batches of the main process, with its boxes."""
         if self.draws:
-            draw_batch(batch, self.names, self.folder / f"train_batch{i}.jpg")
+            file = self.folder / f"train_batch{i}.jpg"
+            self.going_on("pictures", lambda: draw_batch(batch, self.names, file))
 
     def measured(self, progress: Progress) -> None:
         """The first step ends the silence, each moves the bar. What was measured goes to the bar and the trackers, and
@@ -143,14 +144,17 @@ class TrainingReport(Report):
             best = f"best AP {state.best_ap:.4g} in epoch {state.best_epoch + 1}"
             self.say(f"{self.where}  {lines.val_line(val, result, best)}")
             self.timing(result)
-        self.results.table(state.rows)
+        self.going_on("results.csv", lambda: self.results.table(state.rows))
         if self.draws and (last or time.perf_counter() - self.drawn > DRAWN):
-            draw_results(state.rows, val, self.folder / "results.png")
-            if result:
-                same = [(image, "") for image in same_images(truth)]
-                draw_page(result.detections, truth, same, self.folder / "val_batch.jpg")
+            self.going_on("pictures", lambda: self._draw_epoch(state, result, truth))
             self.drawn = time.perf_counter()
         self.tracking.epoch(state, self.whole.speed(), result, truth, last)
+
+    def _draw_epoch(self, state: TrainState, result: Evaluation | None, truth: dict[str, Any]) -> None:
+        draw_results(state.rows, self.config.val_name, self.folder / "results.png")
+        if result:
+            same = [(image, "") for image in same_images(truth)]
+            draw_page(result.detections, truth, same, self.folder / "val_batch.jpg")
 
     def close(self, state: TrainState | None = None) -> None:
         """Finish the trackers, which get the weights of the run, the watch and the logs."""

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import wandb
 
+from train.config.words import printable
 from train.evaluation.coco import COLUMNS, diagnose
 from train.evaluation.evaluate import Evaluation
 from train.reporting.plots import CONFIDENCE, Box, boxes_on, same_images, small_picture
@@ -59,8 +60,9 @@ def tables(result: Evaluation, truth: dict[str, Any], val: str) -> dict[str, Any
         }
         picture = small_picture(image["file_name"])
         if picture is not None:
-            shot = wandb.Image(picture, boxes=boxes, caption=Path(image["file_name"]).name, file_type="jpg")
-            pictures.append([Path(image["file_name"]).name, shot, len(marks), len(found)])
+            name = printable(Path(image["file_name"]).name)
+            shot = wandb.Image(picture, boxes=boxes, caption=name, file_type="jpg")
+            pictures.append([name, shot, len(marks), len(found)])
     shown[f"{val}/examples"] = [picture[1] for picture in pictures]  # a panel with a slider over the epochs
     shown[f"{val}/images"] = wandb.Table(columns=["file", "image", "boxes", "detections"], data=pictures)
     return shown

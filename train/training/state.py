@@ -19,6 +19,8 @@ from train.model.loss import end_of_epoch
 from train.model.weights import as_checkpoint
 from train.processes.files import whole_file
 
+PLAIN = ("rows", "epoch", "best_epoch", "best_fitness", "best_ap", "last_ap", "wandb_id")
+
 
 @dataclass
 class TrainState:
@@ -57,8 +59,7 @@ class TrainState:
         metrics = {f"{config.val_name}/{name}": value for name, value in result.metrics.items()} if result else {}
         checkpoint = as_checkpoint(self.ema.ema, asdict(config), self.epoch, metrics)
         checkpoint["wandb_id"] = self.wandb_id
-        plain = ("rows", "epoch", "best_epoch", "best_fitness", "best_ap", "last_ap", "wandb_id")
-        state = {name: getattr(self, name) for name in plain}
+        state = {name: getattr(self, name) for name in PLAIN}
         state |= {"model": self.detector.state_dict(), "ema": self.ema.ema.state_dict(), "updates": self.ema.updates}
         state |= {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler and self.scaler.state_dict()}
         try:
@@ -79,26 +80,54 @@ class TrainState:
                 f"free ({str(error).splitlines()[0]}). Free some space, or name another disk with --project."
             ) from None
 
-    def load(self, file: Path) -> None:
-        """Take over what state.pt holds. It is plain tensors and values and is read as such."""
-        state = torch.load(file, map_location="cpu", weights_only=True)
-        self.detector.load_state_dict(state.pop("model"))
-        self.ema.ema.load_state_dict(state.pop("ema"))
-        self.ema.updates = state.pop("updates")
-        self.optimizer.load_state_dict(state.pop("optimizer"))
-        if (scaler := state.pop("scaler")) and self.scaler:
+    def load(self, saved: dict[str, Any]) -> None:
+        """Take over what `read_state` has read, and empty it: the weights need not stay in memory twice."""
+        self.detector.load_state_dict(saved.pop("model"))
+        self.ema.ema.load_state_dict(saved.pop("ema"))
+        self.ema.updates = saved.pop("updates")
+        self.optimizer.load_state_dict(saved.pop("optimizer"))
+        if (scaler := saved.pop("scaler")) and self.scaler:
             self.scaler.load_state_dict(scaler)
-        for name, value in state.items():
-            setattr(self, name, value)
+        for name in PLAIN:
+            setattr(self, name, saved.pop(name))
         for _ in range(self.epoch + 1):
             end_of_epoch(self.detector)
 
 
-def check_resume(config: TrainConfig) -> None:
-    """Raise InputError where the run cannot be gone on with."""
-    if not config.resume:
-        return
-    weights = Path(config.resume) / "weights"
+def read_state(config: TrainConfig) -> dict[str, Any]:
+    """What state.pt holds of the run that `--resume` names: plain tensors and values, read as such.
+
+    Raises:
+        InputError: the run cannot be gone on with.
+    """
+    run, weights = Path(config.resume), Path(config.resume) / "weights"
     missing = [name for name in ("last.pt", "state.pt") if not (weights / name).is_file()]
     if missing:
-        raise InputError(f"--resume {config.resume}: there is no {weights / missing[0]}; no epoch was finished there.")
+        raise InputError(f"--resume {run}: there is no {weights / missing[0]}; no epoch was finished there.")
+    if not all(os.access(folder, os.W_OK | os.X_OK) for folder in (run, weights)):
+        raise InputError(
+            f"--resume {run}: the folder cannot be written to. Copy it and go on in the copy: "
+            f"mkdir -p runs/detect && cp -r {run} runs/detect/ and --resume runs/detect/{run.name}"
+        )
+    try:
+        saved = torch.load(weights / "state.pt", map_location="cpu", weights_only=True)
+        lacking = [name for name in (*PLAIN, "model", "ema", "updates", "optimizer", "scaler") if name not in saved]
+        if lacking:
+            raise ValueError(f"it lacks {lacking[0]}")
+    except Exception as error:  # a damaged file fails in as many ways as there are bytes
+        raise InputError(
+            f"--resume {run}: {weights / 'state.pt'} is damaged ({type(error).__name__}). Start a new run from the "
+            f"weights: --model {weights / 'last.pt'}"
+        ) from None
+    done = saved["epoch"] + 1
+    if config.epochs < done:
+        raise InputError(
+            f"--epochs is {config.epochs}, but {done} epochs of {run} are done; --epochs {done + 10}, say."
+        )
+    return saved
+
+
+def nothing_left(config: TrainConfig, saved: dict[str, Any]) -> bool:
+    """Whether a run that is gone on with is finished: its epochs or its patience are over, and it is measured."""
+    over = saved["epoch"] + 1 >= config.epochs or saved["epoch"] - saved["best_epoch"] >= config.patience
+    return over and (Path(config.resume) / "metrics.json").is_file()

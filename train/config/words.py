@@ -1,0 +1,70 @@
+"""Options in people's words: what a type admits, and what users of Ultralytics type first."""
+
+import dataclasses
+import types
+from typing import Any, Literal, Union, get_args, get_origin
+
+from train.config.errors import InputError
+
+# Flags that Ultralytics or YOLOv5 have and this project has not, and what does the same here.
+OTHERS = {
+    "device": "CUDA_VISIBLE_DEVICES=0,1 says which GPUs; make train GPUS=2 or accelerate launch --multi_gpu "
+    "--num_processes 2 how many",
+    "batch_size": "--batch", "batchsize": "--batch", "bs": "--batch", "img": "--imgsz", "img_size": "--imgsz",
+    "imgsize": "--imgsz", "image_size": "--imgsz", "epoch": "--epochs", "lr": "--lr0", "learning_rate": "--lr0",
+    "num_workers": "--workers", "hyp": "--cfg", "config": "--cfg", "amp": "--mixed-precision auto (or bf16, fp16, no)",
+    "half": "--mixed-precision fp16", "precision": "--mixed-precision", "gpus": "make train GPUS=2",
+    "nproc_per_node": "it is torchrun's and stands before the script", "num_processes": "it is accelerate launch's and "
+    "stands before the script", "exist_ok": "every run makes a folder of its own: --name", "val": "--val-interval",
+    "noval": "--val-interval", "pretrained": "--model yolov8n.pt starts from weights, yolov8n.yaml from scratch",
+    "save_json": "predictions.json is always written", "verbose": "--log-level", "cos_scheduler": "--cos-lr",
+    "label_smoothing": "Ultralytics has taken it out", "rank": "the launcher's", "local_rank": "the launcher's",
+    "save": "best.pt and last.pt are always kept", "conf_thres": "--conf", "iou_thres": "--iou",
+}  # fmt: skip
+JOINERS = "\u200c\u200d"  # within words of some scripts and within emoji
+SWAPPED = {"weights": "--model", "model": "--weights"}  # of train/detect.py and train/validate.py
+
+
+def printable(text: str, newlines: bool = False) -> str:
+    """The text without what moves a terminal's cursor, breaks lines or cannot be encoded: escaped as Python would."""
+    keeps = "\n" if newlines else ""
+    return "".join(c if c.isprintable() or c in keeps or c in JOINERS else ascii(c)[1:-1] for c in text)
+
+
+def as_flag(name: str) -> str:
+    """An option as it is typed."""
+    return f"--{name.replace('_', '-')}"
+
+
+def in_words(kind: Any) -> str:
+    """What values a type admits."""
+    plain = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    if kind in plain:
+        return plain[kind]
+    several = {int: "whole numbers", float: "numbers", str: "words"}
+    origin, inner = get_origin(kind), [part for part in get_args(kind) if part is not type(None)]
+    if origin is Literal:
+        return "one of " + ", ".join(map(str, get_args(kind)))
+    if origin is tuple:
+        number = "" if inner[-1] is Ellipsis else {2: "two ", 3: "three "}.get(len(inner), f"{len(inner)} ")
+        return number + several.get(inner[0], "numbers or words")
+    if origin in (Union, types.UnionType):
+        return " or ".join(in_words(part) for part in inner)
+    return str(kind)
+
+
+def check_flags(kind: type, arguments: list[str]) -> None:
+    """Raise InputError where the command line is written as Ultralytics', and say how it is written here."""
+    known = {field.name for field in dataclasses.fields(kind)} | {"cfg", "help"}
+    pairs = [
+        a for a in arguments if a.partition("=")[1] and a.partition("=")[0] in known | OTHERS.keys() | SWAPPED.keys()
+    ]
+    if pairs and not arguments[0].startswith("-"):
+        written = " ".join(f"{as_flag(pair.partition('=')[0])} {pair.partition('=')[2]}" for pair in pairs)
+        raise InputError(f"{' '.join(pairs)}: options are written {written}.")
+    for argument in arguments:
+        name = argument.partition("=")[0].removeprefix("--").replace("-", "_")
+        if not argument.startswith("--") or name in known or name.removeprefix("no_") in known:
+            continue
+        if (other := OTHERS.get(name) or SWAPPED.get(name)) is not None:
+            raise InputError(f"There is no {argument.partition('=')[0]} here; instead: {other}.")

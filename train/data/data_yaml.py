@@ -1,0 +1,144 @@
+"""What a data YAML says. It is read as data: nothing in it is executed, and class names are what is written."""
+
+import unicodedata
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from train.config.errors import InputError
+from train.data.formats import check_regular
+
+LARGEST, CLASSES, LONGEST = 20_000_000, 100_000, 200  # bytes of a data YAML, class names in it, characters of one
+
+
+@dataclass(frozen=True)
+class DataYaml:
+    """A data YAML, checked."""
+
+    path: str | None  # what the splits are relative to
+    splits: dict[str, str | list[str]]  # train, val, test, as they are given
+    names: dict[int, str]
+    channels: int
+
+
+def read_data_yaml(file: Path) -> DataYaml:
+    """Read and check a data YAML.
+
+    Raises:
+        InputError: it is none; the message says what and where.
+    """
+    text = _text(file)
+    try:
+        content, root = yaml.safe_load(text), yaml.compose(text, Loader=yaml.SafeLoader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise InputError(f"{file} is not YAML that can be read: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict) or not isinstance(root, yaml.MappingNode):
+        content, nodes = {}, {}
+    else:
+        nodes = _keys(root, file)
+    if "backbone" in content and "head" in content:
+        raise InputError(f"{file} is the YAML of a model; that is --model.")
+    for key in ("nc", "channels"):
+        value = content.get(key)
+        if value is not None and (type(value) is not int or not 1 <= value <= CLASSES):
+            raise InputError(f"{file} says {key}: {str(value)[:40]}; it must be a whole number from 1 to {CLASSES}.")
+    path = content.get("path")
+    if path is not None and not isinstance(path, str):
+        raise InputError(f"{file} says path: {str(path)[:40]}; it must be a folder.")
+    splits = {}
+    for split, key in (("train", "train"), ("val", "val"), ("val", "validation"), ("test", "test")):
+        if (entries := content.get(key)) and split not in splits:
+            if not isinstance(entries, str) and not _is_list_of_text(entries):
+                kind = "a mapping" if isinstance(entries, dict) else repr(entries)[:40]
+                raise InputError(f"{file}: `{key}` is {kind}; it must be a folder, a .txt list, or a list of these.")
+            splits[split] = entries
+    classes = content.get("nc")
+    if "names" in nodes and content.get("names") is not None:
+        names = _names(nodes["names"], file)
+    elif classes is not None:
+        names = {index: f"class_{index}" for index in range(classes)}
+    else:
+        raise InputError(f"{file} has no `names`; a data YAML lists train, val and the class names.")
+    if classes is not None and classes != len(names):
+        raise InputError(f"{file} says nc: {classes} but names {len(names)} classes.")
+    return DataYaml(path, splits, names, content.get("channels") or 3)
+
+
+def _text(file: Path) -> str:
+    try:
+        check_regular(str(file))
+        with open(file, "rb") as opened:
+            data = opened.read(LARGEST + 1)
+    except OSError as error:
+        raise InputError(f"{file} cannot be read: {error.strerror or error}") from None
+    if len(data) > LARGEST:
+        raise InputError(f"{file} is larger than {LARGEST // 1_000_000} MB, which no data YAML is.")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        kind = "UTF-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else f"not UTF-8 (byte {error.start})"
+        raise InputError(f"{file} is not YAML that can be read: it is {kind}. Save it as UTF-8.") from None
+
+
+def _is_list_of_text(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(entry, str) for entry in value)
+
+
+def _keys(mapping: yaml.MappingNode, file: Path) -> dict[str, yaml.Node]:
+    """A mapping's values by key; a key that stands twice is an error, since YAML takes the last one silently."""
+    found: dict[str, yaml.Node] = {}
+    lines: dict[str, int] = {}
+    for key, value in mapping.value:
+        name, line = str(key.value), key.start_mark.line + 1
+        if name in found:
+            raise InputError(f"{file} says `{name[:LONGEST]}` twice, in line {lines[name]} and in line {line}.")
+        found[name], lines[name] = value, line
+    return found
+
+
+def _names(node: yaml.Node, file: Path) -> dict[int, str]:
+    """Class names by index, as they are written: YAML would make a boolean of `no`, a number of `1.0`, a date."""
+    if not isinstance(node, yaml.SequenceNode | yaml.MappingNode):
+        raise InputError(f"{file}: `names` is {str(node.value)[:40]!r}; it must list the class names.")
+    if len(node.value) > CLASSES:
+        raise InputError(f"{file} names {len(node.value)} classes; {CLASSES} is the most.")
+    if isinstance(node, yaml.SequenceNode):
+        given: list[tuple[str, yaml.Node]] = [(str(index), value) for index, value in enumerate(node.value)]
+    else:
+        given = list(_keys(node, file).items())
+    names: dict[int, str] = {}
+    seen: dict[str, int] = {}
+    for key, value in given:
+        if not key.isascii() or not key.isdecimal():
+            swapped = isinstance(value, yaml.ScalarNode) and str(value.value).isdecimal()
+            mend = f"write `{value.value}: {key[:40]}`" if swapped else "it must be a class index, such as 0"
+            raise InputError(f"{file}: `names` has the key {key[:40]!r}; {mend}.")
+        if not isinstance(value, yaml.ScalarNode):
+            raise InputError(f"{file}: class {key} in `names` is a list or mapping; it must be a name.")
+        names[int(key)] = name = checked_name(str(value.value), f"{file}: class {key} in `names`")
+        if name in seen:
+            raise InputError(f"{file}: the classes {seen[name]} and {key} are both named {name!r}.")
+        seen[name] = int(key)
+    if not names or sorted(names) != list(range(len(names))):
+        some = ", ".join(map(str, sorted(names)[:20]))
+        raise InputError(f"{file}: the class indices in `names` are [{some}]; they must go from 0 up, one by one.")
+    return names
+
+
+def checked_name(name: str, source: str) -> str:
+    """A class name that fits on one line of a terminal and does nothing there; InputError where it does not."""
+    # control characters, lone surrogates, line and paragraph separators, and marks that turn the writing around
+    bad = [
+        c
+        for c in name
+        if unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") or c in "\u202a\u202b\u202d\u202e\u2066\u2067\u2068"
+    ]
+    if bad:
+        raise InputError(f"{source} is {name[:60]!r}, which holds {bad[0]!r}; a name is one line of printable text.")
+    if not name.strip():
+        raise InputError(f"{source} is empty; write a name, in quotes if need be.")
+    if len(name) > LONGEST:
+        raise InputError(f"{source} has {len(name)} characters; {LONGEST} is the most.")
+    return name

@@ -1,0 +1,62 @@
+"""What ends a script from outside: Ctrl-C, SIGTERM, SIGHUP. None is swallowed, each leaves a line, none a traceback."""
+
+import os
+import signal
+import threading
+from types import FrameType
+
+from train.processes.scratch import clean_up
+
+GRACE = 10.0  # seconds that the script has to end by itself
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Ended(BaseException):
+    """The process was told to end by this signal."""
+
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.number = number
+
+
+def in_words(number: int) -> str:
+    """What the signal did."""
+    return "interrupted" if number == signal.SIGINT else f"ended by {signal.Signals(number).name}"
+
+
+def exit_code(number: int) -> int:
+    """The exit code of a process that a signal has ended, as shells have it."""
+    return 128 + number
+
+
+def during_imports() -> None:
+    """End at once, with a line from one process of the machine: nothing has begun yet."""
+
+    def end(number: int, _: FrameType | None) -> None:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            os.write(2, f"{in_words(number)}\n".encode())
+        clean_up()
+        os._exit(exit_code(number))
+
+    for number in SIGNALS:
+        if signal.getsignal(number) not in (signal.SIG_IGN, None):  # nohup ignores SIGHUP
+            signal.signal(number, end)
+
+
+def during_work() -> None:
+    """Raise Ended in the main thread; end the process after GRACE seconds where something has caught that."""
+    main = os.getpid()
+
+    def end(number: int, _: FrameType | None) -> None:
+        if os.getpid() != main:  # a worker that was forked from here
+            os._exit(exit_code(number))
+        for other in SIGNALS:
+            signal.signal(other, signal.SIG_IGN)  # one is enough, and a second must not cut off the end of the first
+        backstop = threading.Timer(GRACE, os._exit, [exit_code(number)])
+        backstop.daemon = True
+        backstop.start()
+        raise Ended(number)
+
+    for number in SIGNALS:
+        if signal.getsignal(number) not in (signal.SIG_IGN, None):
+            signal.signal(number, end)
