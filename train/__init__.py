@@ -16,6 +16,8 @@ os.environ.setdefault("YOLO_VERBOSE", "false")  # no banner at import; train/rep
 SCRATCH = "yolo-accelerate-"
 scratch = tempfile.TemporaryDirectory(prefix=SCRATCH)  # of this process; removed when it ends
 os.environ.setdefault("YOLO_CONFIG_DIR", scratch.name)
+if not os.access(os.path.expanduser("~"), os.W_OK):  # a container's user without a home; matplotlib would say so
+    os.environ.setdefault("MPLCONFIGDIR", scratch.name)
 os.environ.setdefault("OPENCV_LOG_LEVEL", "OFF")  # a broken image is one line of this project, not five of OpenCV's
 
 if os.environ.get("MPLBACKEND", "").startswith("module://"):  # a notebook's, which scripts in their own Python lack

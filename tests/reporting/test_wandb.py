@@ -46,7 +46,11 @@ def test_one_run_with_its_id_in_folder_and_checkpoints(tracked, records):
         assert torch.load(folder / "weights" / name, weights_only=False)["wandb_id"] == id_
     assert (run.project, run.entity, run.display_name, run.run_group, run.notes) == ("mine", "us", "n", "g", "why")
     assert list(run.tags) == ["a", "b"]
-    assert re.search(rf"wandb      offline; to send it: wandb sync {folder}/wandb/offline-run-\d+_\d+-{id_}", console)
+    assert re.search(
+        rf"wandb      offline; to send it: cd {folder.parents[2]} && "
+        rf"wandb sync {RUN}/wandb/offline-run-\d+_\d+-{id_}\n",
+        console,
+    )
 
 
 def test_the_axes_rise(records):
@@ -74,24 +78,20 @@ def test_charts_tables_and_pictures(tracked, records):
     (run,) = (folder / "wandb").glob("offline-run-*")
     first, last = (row for row in records["history"] if "val/AP" in row)
     for row in (first, last):
-        for key in ("val/per_class", "val/images"):
-            assert row[key]["_type"] == "table-file"
+        assert row["val/per_class"]["_type"] == "table-file"
     table = json.loads((run / "files" / last["val/per_class"]["path"]).read_text())
     assert table["columns"] == ["class", "images", "boxes", "P", "R", "F1", "AP50", "AP75", "AP"]
     assert [row[0] for row in table["data"]] == ["circle", "square", "triangle"]
-    pictures = [json.loads((run / "files" / row["val/images"]["path"]).read_text()) for row in (first, last)]
-    assert [row[0] for row in pictures[0]["data"]] == [row[0] for row in pictures[1]["data"]]  # the same every time
-    assert len(pictures[0]["data"]) == 12
-    assert (
-        first["val/examples"]["captions"] == last["val/examples"]["captions"] == [row[0] for row in pictures[0]["data"]]
-    )
+    captions = [[text.partition(": ") for text in row["val/examples"]["captions"]] for row in (first, last)]
+    assert [file for file, *_ in captions[0]] == [file for file, *_ in captions[1]]  # the same every time
+    assert len(captions[0]) == 12
     boxes = last["val/examples"]["all_boxes"]
     assert len(boxes) == 12
     for one in boxes:
         assert set(one) == {"truth", "detections"}
     shown = json.loads((run / "files" / boxes[0]["truth"]["path"]).read_text())
     assert all(0 <= box["position"]["minX"] < box["position"]["maxX"] <= 1.001 for box in shown["box_data"])
-    assert len(shown["box_data"]) == pictures[1]["data"][0][2]
+    assert captions[1][0][2].startswith(f"{len(shown['box_data'])} boxes, ")
     assert first["train/labels"]["_type"] == "image-file"
     assert first["train/batches"]["count"] == 3
     names = {key for row in records["history"] for key in row}
@@ -112,6 +112,26 @@ def test_summary_and_model(tracked, records):
     assert {"best", "last"} <= set(aliases)
     assert json.loads(aliases["best"].metadata)["AP"] == state["best_ap"]
     assert [entry.path for entry in aliases["last"].manifest.contents] == ["last.pt"]
+
+
+def test_all_that_the_run_names_lies_in_its_folder(tracked, records):
+    """Copied with its folder, the run is whole: every path in it leads there, from the folder it was started in."""
+    folder, _ = tracked
+    (run,) = (folder / "wandb").glob("offline-run-*")
+    named = [entry.local_path for one in records["artifact"] for entry in one.manifest.contents]
+    assert {Path(path).name for path in named} == {"best.pt", "last.pt"}
+    assert not any(os.path.isabs(path) for path in named)
+    for path in named:
+        assert (folder.parents[2] / path).resolve().is_relative_to(folder)
+        assert (folder.parents[2] / path).is_file()
+    files = [file.path for one in records["files"] for file in one.files]
+    assert any(path.startswith("media/table/") for path in files)
+    for path in files:
+        assert (run / "files" / path).is_file(), path
+    (written,) = run.glob("*.wandb")
+    absolute = set(re.findall(rb"/(?:[\w.+-]+/)+[\w.+-]+", written.read_bytes()))
+    outside = [path for path in absolute if b"staging" in path or b".local" in path or b".cache" in path]
+    assert not outside
 
 
 def test_configuration(tracked, records):

@@ -1,5 +1,6 @@
 """What a process leaves in the temporary folder: one folder, gone when it ends, or removed by the next run."""
 
+import atexit
 import contextlib
 import fcntl
 import glob
@@ -19,6 +20,7 @@ def claim() -> None:
 
     A process holds a lock as long as it or a worker lives, whatever kills it, also in a container of its own.
     """
+    atexit.register(clean_up)  # first of all, so that it runs when all that is imported later has cleaned up its own
     _remove_the_dead()
     tempfile.tempdir = train.scratch.name
     lock = os.open(os.path.join(train.scratch.name, LOCK), os.O_CREAT | os.O_RDWR)  # stays open: the kernel frees it

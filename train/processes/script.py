@@ -1,6 +1,5 @@
 """How every script begins and ends: its options, what it says of an error and by which rank, its exit code."""
 
-import atexit
 import contextlib
 import logging
 import os
@@ -57,7 +56,6 @@ def run(main: Callable[[C], None], kind: type[C], description: str, kept: Kept |
             os._exit(code)
     if torch.distributed.is_initialized():  # left open, its threads may abort the process at exit
         torch.distributed.destroy_process_group()
-    atexit.register(clean_up)
     sys.exit(code)
 
 

@@ -7,7 +7,6 @@ W&B takes 0.3 s to import, so its modules are imported where it is used.
 import contextlib
 import math
 import os
-import subprocess
 import sys
 import threading
 from collections.abc import Callable
@@ -17,9 +16,11 @@ from typing import Any
 
 from accelerate import Accelerator
 
+import train
 from train.config.options import TrainConfig
 from train.evaluation.evaluate import Evaluation
 from train.processes.collectives import on_main
+from train.reporting.repository import git_state
 from train.reporting.results import versions
 from train.training.state import TrainState
 
@@ -42,6 +43,8 @@ class Tracking:
         self.shown = -math.inf  # the last epoch that tables, charts and pictures were sent after
         # Else W&B reports to its makers at exit, offline runs included, and waits for a network that is not there.
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+        # Its service starts before the run has a folder; what it caches is of no use to another run.
+        os.environ.setdefault("WANDB_CACHE_DIR", os.path.join(train.scratch.name, "wandb"))
         self.warming = threading.Thread(target=_warm, daemon=True)
         if wandb and accelerator.is_main_process:
             self.warming.start()
@@ -59,6 +62,7 @@ class Tracking:
         """
         self.config, self.folder = config, folder
         self.accelerator.project_configuration.logging_dir = str(folder)
+        os.environ.setdefault("WANDB_DATA_DIR", str(folder / "wandb"))  # else in the home folder
         lines, wandb_id = on_main(self.accelerator, lambda: self._start(wandb_id))
         for line in lines:
             self.say(line)
@@ -162,7 +166,8 @@ class Tracking:
         if len(rows) == 1:
             shown |= wandb_page.first_pictures(self.folder)
         if shown:
-            self.run.log(shown, step=rows[-1]["global_step"], commit=False)
+            step = rows[-1]["global_step"]
+            self.run.log(wandb_page.as_files(self.run, shown, step), step=step, commit=False)
         if result and state.best_epoch == state.epoch:
             self.run.summary["best/AP"], self.run.summary["best/epoch"] = state.best_ap, epoch
 
@@ -185,14 +190,3 @@ def _warm() -> None:
 
         wandb.setup()
 
-
-def git_state() -> str:
-    """Commit of the working directory's repository, with -dirty where files differ from it; empty where it has none."""
-    try:
-        done = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            capture_output=True, text=True, timeout=5,
-        )  # fmt: skip
-        return done.stdout.strip()
-    except (OSError, subprocess.TimeoutExpired):
-        return ""

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import wandb
+from wandb.plot import CustomChart
 
 from train.config.words import printable
 from train.evaluation.coco import COLUMNS, diagnose
@@ -60,11 +61,23 @@ def tables(result: Evaluation, truth: dict[str, Any], val: str) -> dict[str, Any
         }
         picture = small_picture(image["file_name"])
         if picture is not None:
-            name = printable(Path(image["file_name"]).name)
-            shot = wandb.Image(picture, boxes=boxes, caption=name, file_type="jpg")
-            pictures.append([name, shot, len(marks), len(found)])
-    shown[f"{val}/examples"] = [picture[1] for picture in pictures]  # a panel with a slider over the epochs
-    shown[f"{val}/images"] = wandb.Table(columns=["file", "image", "boxes", "detections"], data=pictures)
+            caption = f"{printable(Path(image['file_name']).name)}: {len(marks)} boxes, {len(found)} detections"
+            pictures.append(wandb.Image(picture, boxes=boxes, caption=caption, file_type="jpg"))
+    shown[f"{val}/examples"] = pictures  # a panel with a slider over the epochs
+    return shown
+
+
+def as_files(run: Any, shown: dict[str, Any], step: int) -> dict[str, Any]:
+    """What is shown, its tables bound to the run: a bound table is a file of the run, which may be copied with it.
+
+    Of a table that is not bound W&B makes an artifact, too, whose files the run names by absolute paths.
+    """
+    for key, value in shown.items():
+        if isinstance(value, wandb.Table):
+            value.bind_to_run(run, key, step)
+        elif isinstance(value, CustomChart):
+            value.set_key(key)
+            value.table.bind_to_run(run, value.spec.table_key, step)
     return shown
 
 
@@ -89,9 +102,12 @@ def first_pictures(folder: Path) -> dict[str, Any]:
 
 
 def log_model(run: Any, weights: Path, state: TrainState) -> None:
-    """best.pt and last.pt as versions of one model artifact."""
+    """best.pt and last.pt as versions of one model artifact, named from the working directory where they lie below it."""
     for name, epoch in (("last", state.epoch + 1), ("best", state.best_epoch + 1)):
         metadata = {"epoch": epoch} | ({"AP": state.best_ap} if name == "best" else {"AP": state.last_ap})
         artifact = wandb.Artifact(f"model-{run.id}", type="model", metadata=metadata)
-        artifact.add_file(str(weights / f"{name}.pt"), policy="immutable")  # the file itself, no copy
+        file = (weights / f"{name}.pt").resolve()
+        if file.is_relative_to(Path.cwd()):  # so that a copy of the folder is whole wherever it lies
+            file = file.relative_to(Path.cwd())
+        artifact.add_file(str(file), policy="immutable", skip_cache=True)  # the file itself, no copy
         run.log_artifact(artifact, aliases=[name, f"epoch-{epoch}"])

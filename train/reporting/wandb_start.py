@@ -2,6 +2,7 @@
 
 import netrc
 import os
+import shlex
 import socket
 import threading
 import urllib.request
@@ -23,6 +24,7 @@ def attempts(config: TrainConfig, folder: Path, wandb_id: str) -> tuple[list[dic
         init_timeout=20,
         finish_timeout=60,
         x_transaction_log_flush_interval=2,  # what a killed run may lose, in seconds
+        disable_git=True,  # it would run what the repository's configuration names; config has the commit
     )
     options: dict[str, Any] = {"settings": settings}
     flags = {"entity": config.wandb_entity, "tags": config.wandb_tags, "group": config.wandb_group}
@@ -59,8 +61,15 @@ def introduce(run: Any, folder: Path) -> list[str]:
     asked = Path(os.environ.get("WANDB_DIR") or folder)
     if asked.resolve() not in Path(run.dir).resolve().parents:
         lines.append(f"warning: W&B cannot write to {asked}; its files are in {Path(run.dir).parent}")
-    place = f"offline; to send it: wandb sync {Path(run.dir).parent}" if run.offline else run.url
-    return [*lines, f"wandb      {place}"]
+    return [*lines, f"wandb      {f'offline; to send it: {sync_command(Path(run.dir).parent)}' if run.offline else run.url}"]
+
+
+def sync_command(folder: Path) -> str:
+    """What sends an offline run: from where it was made, for the run names its model's files from there."""
+    here = Path.cwd()
+    if not folder.is_relative_to(here):
+        return f"wandb sync {shlex.quote(str(folder))}"
+    return f"cd {shlex.quote(str(here))} && wandb sync {shlex.quote(str(folder.relative_to(here)))}"
 
 
 def has_key(server: str) -> bool:
