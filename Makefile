@@ -5,6 +5,8 @@ CPUS ?=
 PRECISION ?=
 ARGS ?=
 
+$(if $(filter-out auto bf16 fp16 no,$(PRECISION)),$(error PRECISION is $(PRECISION); it must be auto, bf16, fp16 or no))
+
 PY := .venv/bin/python
 # Runs a script on GPUS or CPUS processes: through accelerate launch, or as one plain process that gets the signals.
 LAUNCH = @exec $(PY) -m train.processes.launcher --gpus "$(GPUS)" --cpus "$(CPUS)" --
@@ -31,7 +33,7 @@ validate: .venv/installed  ## evaluate, by default the newest best.pt: make vali
 		$(if $(findstring --weights,$(ARGS))$(findstring --predictions,$(ARGS)),,--weights "$(LAST_WEIGHTS)") $(ARGS)
 
 doctor: .venv/installed  ## what each process sees and what is wrong with it: make doctor GPUS=2
-	$(LAUNCH) train/doctor.py $(if $(PRECISION),--mixed-precision $(PRECISION)) $(ARGS)
+	$(LAUNCH) train/doctor.py --mixed-precision $(or $(PRECISION),auto) $(ARGS)
 
 test: .venv/installed-dev  ## run the tests
 	@OMP_NUM_THREADS=1 exec $(PY) -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)

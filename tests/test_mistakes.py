@@ -120,7 +120,10 @@ CASES = [
     ([*GOOD, "--freeze", "99"], r"--freeze is 99; this model has the layers 0 to 22"),
     ([*GOOD, "--freeze", "0", "77.cv2"], r"--freeze is 0 77\.cv2; this model has the layers 0 to 22"),
     ([*GOOD, "--end2end"], r"--end2end was given, but yolov8n\.yaml has no one-to-one head"),
-    ([*GOOD, "--project", "good.yaml"], r"good\.yaml cannot be made: .*good\.yaml is a file\. Name another with --project"),
+    (
+        [*GOOD, "--project", "good.yaml"],
+        r"good\.yaml cannot be made: .*good\.yaml is a file\. Name another with --project",
+    ),
 ]
 
 

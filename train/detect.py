@@ -30,7 +30,7 @@ from train.data.scan import check_usable, scan
 from train.data.sets import TrainSet, ValSet
 from train.evaluation.evaluate import Evaluation, evaluate
 from train.evaluation.truth import read_truth
-from train.model.build import ModelEMA, build_model, check_imgsz, largest_stride, set_class_weights
+from train.model.build import ModelEMA, build_model, check_imgsz, largest_stride, set_class_weights, size_in_words
 from train.model.inference import inference_copy
 from train.model.loss import build_criterion, end_of_epoch
 from train.model.weights import fetch_weights, load_detector
@@ -71,6 +71,7 @@ def main(config: TrainConfig) -> None:
     model, origin = build_model(config, source, data.names, data.channels)
     stride = largest_stride(model)
     check_imgsz(config.imgsz, stride)
+    size = size_in_words(model, config.imgsz)
 
     # Data: each rank reads a share of the labels, then every rank knows all of them.
     train_files = data.images("train", config.fraction, repeats=True)
@@ -111,7 +112,7 @@ def main(config: TrainConfig) -> None:
     weights = folder / "weights"
     weights.mkdir(exist_ok=True)
     report.faults(train_faults + val_faults)
-    report.banner(why_precision, origin, data.name, schedule, train_set, val_labels)
+    report.banner(why_precision, f"{origin}; {size}", data.name, schedule, train_set, val_labels)
     report.start_trackers(config, state)
 
     # What validation depends on is kept in the checkpoints, so that validate.py repeats it: the YAML's whole path, too.
@@ -158,7 +159,7 @@ def main(config: TrainConfig) -> None:
         best = evaluate(evaluated, report.watched(val_batches, "validating"), truth, validated, accelerator)
     report.say(f"best.pt, epoch {state.best_epoch + 1}:")
     report.evaluation(best, truth, validated)
-    report.say(f"results in {folder}")
+    report.say(f"{report.taken()}; results in {folder}")
     report.close(state)
 
 

@@ -19,6 +19,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
@@ -31,11 +32,19 @@ from torch import distributed
 
 from train.config.errors import InputError
 from train.config.options import Precision
-from train.processes.devices import device_type, local_processes, pick_precision
+from train.processes.devices import Usage, cores, device_type, local_processes, pick_precision, shared_cores
+from train.processes.files import check_folder
 
 PACKAGES = ("torch", "torchvision", "accelerate", "ultralytics", "hotcoco", "pycocotools", "wandb")
+BUSY = 0.5  # seconds in which is looked what other processes do
+ROOM = 2e9  # bytes on the disk that a run of the largest model takes with its checkpoints and pictures
 BATCH_BYTES = 16 * 3 * 640 * 640  # of uint8 images, of which a worker holds three batches in shared memory
 Facts = dict[str, Any]
+SHOWN: dict[str, Callable[[Any], str]] = {
+    "shared memory": lambda free: f"{free / 1e9:.1f} GB free" if free else str(free),
+    "disk": lambda free: f"{free / 1e9:.1f} GB free",
+    "busy with others": lambda busy: f"{busy:.1f} cores",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +55,8 @@ class Options:
     """Precision of the training; unset takes what the launcher says."""
     workers: int = 8
     """Data-loading processes of each rank."""
+    project: str = "runs/detect"
+    """Folder that will hold the runs."""
 
 
 def facts(options: Options) -> Facts:
@@ -71,10 +82,22 @@ def facts(options: Options) -> Facts:
         except PackageNotFoundError:
             seen[name] = "not installed"
     seen["python"] = platform.python_version()
-    seen["cores"] = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    seen["cores"] = len(cores())
+    before = Usage.now()
+    time.sleep(BUSY)
+    seen["busy with others"] = Usage.now().others_since(before)
     seen["threads"] = torch.get_num_threads()
     seen["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "not set")
     seen["shared memory"] = shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else None
+    seen["run folder"], seen["run folder fault"] = os.path.abspath(options.project), ""
+    there = Path(seen["run folder"])
+    while not there.exists():
+        there = there.parent
+    seen["disk"] = shutil.disk_usage(there).free
+    try:
+        check_folder(Path(options.project), "--project")
+    except InputError as error:
+        seen["run folder fault"] = str(error)
     seen["open files"] = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     try:
         precision, reason = pick_precision(options.mixed_precision, kind)
@@ -142,15 +165,22 @@ def findings(ranks: list[Facts], options: Options) -> list[str]:
                 f"{wanted} ranks of {first['threads']} threads share the {first['cores']} cores of {host}. "
                 f"Set OMP_NUM_THREADS={max(first['cores'] // wanted, 1)}."
             )
-        elif not cuda and first["OMP_NUM_THREADS"] != "not set" and first["threads"] * wanted * 2 <= first["cores"]:
+        elif not cuda and first["threads"] * wanted * 2 <= first["cores"] - (first["OMP_NUM_THREADS"] == "not set"):
             found.append(
                 f"{wanted} ranks of {first['threads']} threads leave most of the {first['cores']} cores of {host} idle "
                 f"(launchers set one thread). Set OMP_NUM_THREADS={first['cores'] // wanted}."
             )
+        if not cuda and first["threads"] > 1 and first["busy with others"] > first["cores"] / 2:
+            found.append(shared_cores(first["busy with others"], first["cores"], host))
+        if first["disk"] < ROOM:
+            found.append(
+                f"{first['disk'] / 1e9:.1f} GB are free for {first['run folder']} on {host}. A run takes up to "
+                f"{ROOM / 1e9:.0f} GB: free some space, or name another disk with --project."
+            )
         if 0 <= first["open files"] < 1024:
             found.append(f"{host} allows {first['open files']} open files, too few for workers: ulimit -n 4096.")
-    for fault in dict.fromkeys(seen["precision fault"] for seen in ranks if seen["precision fault"]):
-        found.append(fault)
+    faults = [seen[kind] for kind in ("precision fault", "run folder fault") for seen in ranks]
+    found += dict.fromkeys(fault for fault in faults if fault)
     for name in ("python", *PACKAGES):
         if len(versions := {seen[name] for seen in ranks}) > 1:
             found.append(f"The ranks have different versions of {name}: {', '.join(sorted(versions))}. Make them one.")
@@ -161,10 +191,9 @@ def table(ranks: list[Facts]) -> list[str]:
     """The facts as lines, a column for each rank; what all have in common is said once."""
     lines = []
     for name in ranks[0]:
-        if name in ("uuid", "precision fault"):
+        if name in ("uuid", "precision fault", "run folder fault"):
             continue
-        values = [f"{seen[name] / 1e9:.1f} GB free" if name == "shared memory" and seen[name] else str(seen[name])
-                  for seen in ranks]  # fmt: skip
+        values = [SHOWN.get(name, str)(seen[name]) for seen in ranks]
         shown = values[:1] if len(set(values)) == 1 and name != "rank" else values
         lines.append(f"{name:22}" + "".join(f"{value:<28}" if len(shown) > 1 else value for value in shown).rstrip())
     return lines

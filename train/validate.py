@@ -83,7 +83,7 @@ def main(config: ValConfig) -> None:
     result = evaluate(evaluated, report.watched(loader, "evaluating"), truth, config, accelerator)
     report.timing(result)
     report.evaluation(result, truth, config)
-    report.say(f"results in {report.folder}")
+    report.say(f"{report.taken()}; results in {report.folder}")
     report.close()
 
 
@@ -119,7 +119,7 @@ def measure_file(config: ValConfig, accelerator: Accelerator, report: Report) ->
     report.open(on_main(accelerator, lambda: new_folder(Path("runs/detect"), "val", config.save_dir)), config)
     report.say(f"{len(rows)} detections of {config.predictions}")
     report.evaluation(measure(truth, rows, config, accelerator), truth, config)
-    report.say(f"results in {report.folder}")
+    report.say(f"{report.taken()}; results in {report.folder}")
     report.close()
 
 

@@ -12,7 +12,7 @@ from tests.conftest import ROOT, launch, succeed
 from train.config.errors import InputError
 from train.processes import launcher
 from train.processes.devices import check_devices, pick_precision
-from train.processes.launcher import launch_command
+from train.processes.launcher import launch_options
 
 SAYS_RANKS = ROOT / "tests" / "workers" / "ranks.py"
 
@@ -62,29 +62,29 @@ def test_ranks_that_do_not_add_up_are_an_error(tmp_path: Path):
     assert "started 2 processes, but Accelerate counts 1" in done.stderr
 
 
-def test_launch_command(monkeypatch):
+def test_launch_options(monkeypatch):
     monkeypatch.setattr(launcher, "device_type", lambda: "cpu")
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
-    assert launch_command(None, None) == [sys.executable]
-    assert launch_command(None, 2)[:3] == ["env", "ACCELERATE_USE_CPU=true", "OMP_NUM_THREADS=4"]
-    assert launch_command(None, 2)[-2:] == ["--num_processes", "2"]
+    assert launch_options(None, None) == ({}, [])
+    assert launch_options(None, 2)[0] == {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "4"}
+    assert launch_options(None, 2)[1][-2:] == ["--num_processes", "2"]
     with pytest.raises(InputError, match=r"sees no GPU \(CUDA_VISIBLE_DEVICES='3'\).*CPUS=2"):
-        launch_command(2, None)
+        launch_options(2, None)
     with pytest.raises(InputError, match="both given"):
-        launch_command(1, 1)
+        launch_options(1, 1)
     monkeypatch.setattr(launcher, "device_type", lambda: "cuda")
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
     with pytest.raises(InputError, match=r"PyTorch sees 1 CUDA device \(CUDA_VISIBLE_DEVICES='3'\). Type GPUS=1"):
-        launch_command(2, None)
-    assert launch_command(None, None) == [sys.executable]
+        launch_options(2, None)
+    assert launch_options(None, None) == ({}, [])
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 4)
-    assert launch_command(None, None)[-2:] == ["--num_processes", "4"]
+    assert launch_options(None, None)[1][-2:] == ["--num_processes", "4"]
     monkeypatch.setattr(launcher, "device_type", lambda: "mps")
     with pytest.raises(InputError, match="MPS trains in one"):
         check_devices(2, "mps")
-    assert launch_command(None, None) == [sys.executable]
+    assert launch_options(None, None) == ({}, [])
 
 
 def test_precision(monkeypatch):

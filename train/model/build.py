@@ -8,6 +8,7 @@ from torch import nn
 from ultralytics.cfg import get_cfg
 from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils.torch_utils import ModelEMA as ModelEMA  # for the scripts
+from ultralytics.utils.torch_utils import get_flops, get_num_params
 
 from train.config.errors import InputError
 from train.config.options import TrainConfig
@@ -119,6 +120,12 @@ def set_class_weights(model: DetectionModel, counts: np.ndarray, power: float) -
     weights = (1.0 / np.where(counts > 0, counts, 1.0)) ** power
     weights = np.where(counts > 0, weights, weights[counts > 0].mean())
     model.class_weights = torch.from_numpy((weights / weights.mean()).astype(np.float32))
+
+
+def size_in_words(model: DetectionModel, imgsz: int) -> str:
+    """Layers, parameters, and floating-point operations of one forward, counted as Ultralytics counts them."""
+    layers = sum(not module._modules for module in model.modules())
+    return f"{layers} layers, {get_num_params(model):,} parameters, {get_flops(model, imgsz):.3g} GFLOPs at {imgsz} px"
 
 
 def largest_stride(model: DetectionModel) -> int:

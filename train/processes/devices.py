@@ -3,7 +3,10 @@
 import os
 import resource
 import sys
+import time
+from dataclasses import dataclass
 
+import psutil
 import torch
 
 from train.config.errors import InputError
@@ -26,6 +29,42 @@ def device_type() -> str:
     if wants_cpu or not torch.accelerator.is_available():
         return "cpu"
     return torch.accelerator.current_accelerator().type  # type: ignore[union-attr]
+
+
+def cores() -> list[int]:
+    """The cores that this process may use."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+
+
+@dataclass(frozen=True)
+class Usage:
+    """How long the cores have been in use at one moment, in seconds."""
+
+    clock: float
+    busy: float  # all cores that this process may use, by anybody
+    own: float  # by this process
+
+    @classmethod
+    def now(cls) -> "Usage":
+        """Read the counters."""
+        every = psutil.cpu_times(percpu=True)
+        mine = [every[core] for core in cores() if core < len(every)]
+        idle = sum(times.idle + getattr(times, "iowait", 0) for times in mine)
+        return cls(time.perf_counter(), sum(map(sum, mine)) - idle, time.process_time())
+
+    def others_since(self, before: "Usage") -> float:
+        """Cores that others have kept busy: neither this process nor its fellow ranks, which do as much as this one."""
+        own = (self.own - before.own) * local_processes()
+        return max(self.busy - before.busy - own, 0) / max(self.clock - before.clock, 1e-9)
+
+
+def shared_cores(busy: float, number: int, host: str) -> str:
+    """What it means that other processes keep so many of the cores busy, and the mend."""
+    return (
+        f"Other processes keep {busy:.1f} of the {number} cores of {host} busy. Threads of two trainings on the same "
+        "cores wait for each other, many times slower than one after the other. Let one end first, give each cores of "
+        "its own (taskset -c 0-3 …), or set OMP_NUM_THREADS=1 for both."
+    )
 
 
 def check_devices(wanted: int, device: str) -> None:

@@ -1,11 +1,15 @@
 """Start a script on so many processes: `python -m train.processes.launcher --gpus 2 -- train/detect.py …`.
 
-`make train`, `make validate` and `make doctor` use it.
+`make train`, `make validate` and `make doctor` use it. Several processes are started by Accelerate's launcher, in this
+process: the first failure's exit code is handed on, and no traceback of the launcher's stands behind its message.
 """
 
 import argparse
+import logging
 import os
+import signal
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -17,24 +21,23 @@ from train.processes.devices import check_devices, device_type, visible
 CONFIGS = Path(__file__).resolve().parents[2] / "accelerate_configs"
 
 
-def launch_command(gpus: int | None, cpus: int | None) -> list[str]:
-    """The command that starts a script on so many GPUs or CPU processes; without either all GPUs, else one process.
+def launch_options(gpus: int | None, cpus: int | None) -> tuple[dict[str, str], list[str]]:
+    """Environment and options of Accelerate's launcher that start a script on so many GPUs or CPU processes.
+
+    Without either it is all GPUs, else one process. Options are empty where one process needs no launcher.
 
     Raises:
         InputError: the numbers contradict each other or the machine.
     """
     if gpus is not None and cpus is not None:
         raise InputError(f"GPUS={gpus} and CPUS={cpus} were both given; give one.")
-    if (gpus or cpus or 1) < 1 or gpus == 0 or cpus == 0:
-        raise InputError(f"GPUS={gpus} CPUS={cpus}: at least one process is needed.")
+    for name, number in (("GPUS", gpus), ("CPUS", cpus)):
+        if number is not None and number < 1:
+            raise InputError(f"{name} is {number}; it must be 1 or more.")
     if cpus is not None:
-        threads = max((os.cpu_count() or 1) // cpus, 1)
-        environment = [
-            "env",
-            "ACCELERATE_USE_CPU=true",
-            f"OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', threads)}",
-        ]
-        return [*environment, *_accelerate("multi_cpu.yaml", cpus)] if cpus > 1 else [*environment, sys.executable]
+        threads = os.environ.get("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // cpus, 1)))
+        environment = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": threads}
+        return environment, _options("multi_cpu.yaml", cpus)
     device = device_type()
     if gpus is not None:
         if device == "cpu":
@@ -44,33 +47,74 @@ def launch_command(gpus: int | None, cpus: int | None) -> list[str]:
             )
         check_devices(gpus, device)
     processes = gpus or (torch.accelerator.device_count() if device not in ("cpu", "mps") else 1)
-    return _accelerate("multi_gpu.yaml", processes) if processes > 1 else [sys.executable]
+    return {}, _options("multi_gpu.yaml", processes)
 
 
-def _accelerate(config: str, processes: int) -> list[str]:
-    launcher = [sys.executable, "-m", "accelerate.commands.launch"]
-    return [*launcher, "--config_file", str(CONFIGS / config), "--num_processes", str(processes)]
+def _options(config: str, processes: int) -> list[str]:
+    if processes == 1:
+        return []
+    return ["--config_file", str(CONFIGS / config), "--num_processes", str(processes)]
 
 
-def _number(text: str) -> int | None:
-    return int(text) if text else None
+def launch(arguments: list[str]) -> int:
+    """Run Accelerate's launcher; return the exit code of the first process that failed, 0 where none did."""
+    # Imported here, for one process needs none of it: 1.5 s
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    logging.disable(logging.ERROR)  # torchrun's thirty lines behind what the rank has said
+    try:
+        launch_command(launch_command_parser().parse_args(arguments))
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode >= 0:
+            return failure.exitcode
+        print(f"error: rank {rank} was ended by {signal.Signals(-failure.exitcode).name}", file=sys.stderr)
+        return 128 - failure.exitcode
+    except SignalException as error:
+        return 128 + error.sigval
+    return 0
+
+
+def _number(name: str, text: str) -> int | None:
+    """A number of processes; None where nothing was said."""
+    if not text.strip():
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        raise InputError(f"{name} is {text!r}; it must be a whole number.") from None
+
+
+def check_environment() -> None:
+    """Raise InputError where a variable that PyTorch and Accelerate read is not what they need."""
+    threads = os.environ.get("OMP_NUM_THREADS", "1")
+    if not threads.isdecimal() or not int(threads):
+        raise InputError(f"OMP_NUM_THREADS is {threads!r}; it must be a whole number from 1. Mend it or unset it.")
 
 
 def main() -> None:
-    """Replace this process by the launch of a script, so that signals reach what was launched."""
+    """Launch a script; one process takes the place of this one, so that signals reach it."""
     parser = argparse.ArgumentParser(prog="python -m train.processes.launcher", description=__doc__)
-    parser.add_argument("--gpus", type=_number, help="processes, one on each GPU; empty for all GPUs there are")
-    parser.add_argument("--cpus", type=_number, help="processes on the CPU")
+    parser.add_argument("--gpus", default="", help="processes, one on each GPU; empty for all GPUs there are")
+    parser.add_argument("--cpus", default="", help="processes on the CPU")
     parser.add_argument("script", nargs=argparse.REMAINDER, help="-- the script and its options")
-    options = parser.parse_args()
+    given = parser.parse_args()
     try:
-        command = launch_command(options.gpus, options.cpus) + options.script[1:]
+        check_environment()
+        environment, options = launch_options(_number("GPUS", given.gpus), _number("CPUS", given.cpus))
     except InputError as error:
         parser.exit(2, f"error: {error}\n")
-    train.scratch.cleanup()
+    os.environ.update(environment)
     if os.environ.get("YOLO_CONFIG_DIR") == train.scratch.name:  # else all ranks would share this process's
         del os.environ["YOLO_CONFIG_DIR"]
-    os.execvp(command[0], command)
+    script = given.script[1:]
+    if not options:
+        train.scratch.cleanup()
+        os.execv(sys.executable, [sys.executable, *script])
+    tempfile.tempdir = train.scratch.name  # for what torchrun leaves there
+    sys.exit(launch([*options, *script]))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Console lines, made out of numbers by pure functions."""
 
 import statistics
+import unicodedata
 from collections.abc import Sequence
 
 from train.config.options import EvalConfig
@@ -12,12 +13,16 @@ from train.training.meter import Window
 from train.training.optim import Schedule
 
 SLOWER = 1.2  # times the median of the ranks
+NOTHING = "\u2013"  # in a table, where the metric is -1
 
 
 # Before the first epoch -----------------------------------------------------------------------------------------------
 def data_line(name: str, train: Sequence[Labels], val: Sequence[Labels]) -> str:
-    """Images and boxes of the two splits."""
-    counts = [f"{len(labels)} images with {sum(len(entry.cls) for entry in labels)} boxes" for labels in (train, val)]
+    """Images, boxes and images without a box of the two splits."""
+    counts = []
+    for labels in (train, val):
+        boxes = sum(len(entry.cls) for entry in labels)
+        counts.append(f"{len(labels)} images with {boxes} boxes ({sum(not len(e.cls) for e in labels)} backgrounds)")
     return f"data       {name}: {counts[0]} to train on, {counts[1]} to validate on"
 
 
@@ -53,7 +58,7 @@ def step_line(step: int, steps: int, since: Window, whole: Window, lr: float) ->
     """
     left = (steps - step) * max(whole.seconds) / step
     line = f"step {step}/{steps}  {_numbers(since.means())}  lr {lr:.3g}"
-    return f"{line}  {since.images / max(since.seconds):.0f} images/s  {_worst(since)}  eta {_clock(left)}"
+    return f"{line}  {since.images / max(since.seconds):.0f} images/s  {_worst(since)}  eta {clock(left)}"
 
 
 def train_line(whole: Window, seconds: float) -> str:
@@ -99,7 +104,8 @@ def val_line(name: str, result: Evaluation, best: str) -> str:
 def timing_line(result: Evaluation) -> str:
     """Where the time of a validation went."""
     parts = [f"{stage} {slowest:.2f} ({mean:.2f})" for stage, (slowest, mean) in result.seconds.items()]
-    return f"validation took, in s, slowest rank (mean): {', '.join(parts)}"
+    each = 1000 * sum(slowest for slowest, _ in result.seconds.values()) / max(result.images, 1)
+    return f"validation took, in s, slowest rank (mean): {', '.join(parts)}; {each:.1f} ms an image"
 
 
 def _own(whole: Window, rank: int) -> float:
@@ -118,7 +124,8 @@ def _argmax(values: list[float]) -> int:
     return max(range(len(values)), key=values.__getitem__)
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Hours, minutes and seconds."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}"
@@ -137,16 +144,33 @@ def table(evaluation: Evaluation, config: EvalConfig) -> list[str]:
     lines = [f"{'class':20}" + "".join(f"{name:>8}" for name in COLUMNS)]
     occurring = {name: values for name, values in evaluation.per_class.items() if values["boxes"]}
     for name, values in ({"all": everything} | occurring).items():
-        numbers = "".join(f"{values[c]:8d}" if c in COLUMNS[:2] else f"{values[c]:8.3f}" for c in COLUMNS)
-        lines.append(f"{name[:19]:20}{numbers}")
+        numbers = "".join(f"{values[c]:8d}" if c in COLUMNS[:2] else _measured(values[c]) for c in COLUMNS)
+        lines.append(f"{_padded(name, 20)}{numbers}")
     if never := len(evaluation.per_class) - len(occurring):
         lines.append(f"{never} of {len(evaluation.per_class)} classes do not occur here and do not count")
     names = metric_names(config.max_dets)
     for sizes, label in ((names[3:6], "AP small, medium, large"), (names[9:12], "AR small, medium, large")):
-        lines.append(f"{label:44}" + "".join(f"{m[name]:8.3f}" for name in sizes))
+        lines.append(f"{label:44}" + "".join(_measured(m[name]) for name in sizes))
     counts = ", ".join(map(str, config.max_dets))
-    lines.append(f"{f'AR at {counts} detections an image':44}" + "".join(f"{m[name]:8.3f}" for name in names[6:9]))
+    lines.append(f"{f'AR at {counts} detections an image':44}" + "".join(_measured(m[name]) for name in names[6:9]))
+    if -1 in m.values() or any(-1 in values.values() for values in occurring.values()):
+        lines.append(f"{NOTHING}: nothing to measure, for there is no labelled object of this kind (-1 in the files)")
     lines.append(f"AP {m['AP']:.4f} on {images} of {config.split}")
     if m["AP"] < 0:
         lines.append("AP is -1: these images have no labelled object.")
     return lines
+
+
+def _padded(name: str, columns: int) -> str:
+    """A name cut or filled to so many columns of a terminal, on which Chinese characters and emoji take two."""
+    kept, left = "", columns - 1
+    for character in name:
+        left -= 0 if unicodedata.combining(character) else 2 if unicodedata.east_asian_width(character) in "WF" else 1
+        if left < 0:
+            break
+        kept += character
+    return kept + " " * (max(left, 0) + 1)
+
+
+def _measured(value: float) -> str:
+    return f"{NOTHING:>8}" if value == -1 else f"{value:8.3f}"

@@ -1,12 +1,10 @@
 """Pictures, for where people would rather look than read. Drawn with Ultralytics' plotting by the main process."""
 
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
 import cv2
-import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import MaxNLocator
@@ -18,6 +16,7 @@ from ultralytics.utils.plotting import Annotator, colors, plot_images, plot_labe
 from train.config.words import printable
 from train.data.formats import Labels
 from train.evaluation.evaluate import Evaluation
+from train.reporting.fonts import drawable, provide_fonts
 
 TILE = 320  # px, longer side of one image on the page
 SHOWN = 12  # images on a page
@@ -45,14 +44,15 @@ def draw_evaluation(
         folder: where the pictures go.
     """
     by_id = {category["id"]: category["name"] for category in truth["categories"]}
-    names = [by_id[id_] for id_ in evaluation.curves.category_ids]
+    names = list(drawable({id_: by_id[id_] for id_ in evaluation.curves.category_ids}).values())
     measured = evaluation.curves.ap["AP50"] >= 0
     if measured.any():
         draw_curves(evaluation, {i: names[k] for i, k in enumerate(np.flatnonzero(measured))}, measured, folder)
     if diagnosis:
         matrix = ConfusionMatrix(dict(enumerate(names)))
         matrix.matrix = diagnosis["confusion"].astype(float).T  # Ultralytics' rows are detections
-        matrix.plot(normalize=True, save_dir=folder)
+        for normalize in (True, False):
+            matrix.plot(normalize=normalize, save_dir=folder)
         draw_tide(diagnosis["tide"], folder / "tide.png")
     images = worst_first(truth, diagnosis)
     draw_page(evaluation.detections, truth, images, folder / "val.jpg")
@@ -109,23 +109,33 @@ def draw_page(
         file: the picture to write.
         count: how many images to show.
     """
-    _provide_font()
-    names = {category["id"]: category["name"] for category in truth["categories"]}
+    names = drawable({category["id"]: category["name"] for category in truth["categories"]})
     colour = {category["id"]: index for index, category in enumerate(truth["categories"])}
+    provide_fonts(names.values(), (Path(image["file_name"]).name for image, _ in images[:count]))
     pairs: list[np.ndarray] = []
     for image, caption in images:
         picture = _picture(image["file_name"])
         if picture is None:
             continue
         pair = np.hstack([_tile(picture, boxes, names, colour) for boxes in boxes_on(image, truth, detections)])
+        words = Annotator(pair, font_size=14, pil=True)
         text = printable(f"{Path(image['file_name']).name}  {caption}")
-        cv2.putText(pair, text, (6, TILE + 20), cv2.FONT_HERSHEY_SIMPLEX, 0.45, (0, 0, 0), 1, cv2.LINE_AA)
-        pairs.append(pair)
+        words.text([6, len(pair) - 24], text, txt_color=(0, 0, 0))
+        pairs.append(words.result())
         if len(pairs) == count:
             break
     if pairs:
-        pairs += [np.full_like(pairs[0], 255)] * (-len(pairs) % 3)
-        cv2.imwrite(str(file), np.vstack([np.hstack(pairs[i : i + 3]) for i in range(0, len(pairs), 3)]))
+        rows = [pairs[i : i + 3] for i in range(0, len(pairs), 3)]
+        width = max(sum(pair.shape[1] for pair in row) for row in rows)
+        cv2.imwrite(str(file), np.vstack([_row(row, width) for row in rows]))
+
+
+def _row(pairs: list[np.ndarray], width: int) -> np.ndarray:
+    """Pictures of one width side by side, on white where one is lower or there are fewer."""
+    row = np.full((max(len(pair) for pair in pairs), width, 3), 255, np.uint8)
+    for i, pair in enumerate(pairs):
+        row[: len(pair), i * pair.shape[1] : (i + 1) * pair.shape[1]] = pair
+    return row
 
 
 def same_images(truth: dict[str, Any]) -> list[dict[str, Any]]:
@@ -144,7 +154,7 @@ def boxes_on(image: dict[str, Any], truth: dict[str, Any], detections: np.ndarra
 
 
 def _tile(picture: np.ndarray, marks: list[Box], names: dict[int, str], colour: dict) -> np.ndarray:
-    """The image with its boxes (ltwh in its own pixels) on a white square of TILE px, with room for a line below."""
+    """The image with its boxes (ltwh in its own pixels), on white of TILE px across and with room for a line below."""
     scale = TILE / max(picture.shape[:2])
     annotator = Annotator(cv2.resize(picture, None, fx=scale, fy=scale), line_width=2, font_size=11, pil=True)
     for (x, y, w, h), category, score in marks:
@@ -152,7 +162,7 @@ def _tile(picture: np.ndarray, marks: list[Box], names: dict[int, str], colour: 
         box = np.array([x, y, x + w, y + h]) * scale
         annotator.box_label(box.tolist(), names[category] + text, color=colors(colour[category], bgr=True))
     drawn = annotator.result()
-    tile = np.full((TILE + 28, TILE + 8, 3), 255, np.uint8)
+    tile = np.full((min(drawn.shape[0], TILE) + 32, TILE + 8, 3), 255, np.uint8)
     tile[4 : 4 + drawn.shape[0], 4 : 4 + drawn.shape[1]] = drawn[:TILE, :TILE]
     return tile
 
@@ -173,6 +183,7 @@ def small_picture(file: str) -> np.ndarray | None:
 
 def draw_labels(labels: list[Labels], names: dict[int, str], folder: Path) -> None:
     """labels.png: how often each class occurs, and where and how large its boxes are."""
+    names = drawable(names)
     boxes, classes = np.concatenate([entry.boxes for entry in labels]), np.concatenate([entry.cls for entry in labels])
     plot_labels(boxes, classes, names, folder)
     drawn = folder / "labels.jpg"  # as Ultralytics names it
@@ -182,7 +193,7 @@ def draw_labels(labels: list[Labels], names: dict[int, str], folder: Path) -> No
 
 def draw_batch(batch: dict[str, Any], names: dict[int, str], file: Path) -> None:
     """Images of a training batch as the loader gives them, uint8, with their boxes."""
-    _provide_font()
+    names = drawable(names)
     # copies: Ultralytics scales images and boxes in place
     shown = {name: batch[name].to("cpu", copy=True) for name in ("img", "cls", "bboxes", "batch_idx")}
     shown["cls"] = shown["cls"].squeeze(-1)
@@ -215,10 +226,3 @@ def draw_results(rows: list[dict[str, Any]], val: str, file: Path) -> None:
             panel.legend()
     figure.savefig(file, dpi=110)
     plt.close(figure)
-
-
-def _provide_font() -> None:
-    """Ultralytics downloads its font where it finds none; matplotlib's stands in for it."""
-    font = Path(os.environ["YOLO_CONFIG_DIR"]) / "Ultralytics" / "Arial.ttf"
-    if not font.exists() and font.parent.is_dir():
-        shutil.copyfile(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", font)

@@ -3,6 +3,7 @@
 All ranks call these methods at the same places with the same numbers; the main process alone prints, writes and draws.
 """
 
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ class Report:
 
     def __init__(self, accelerator: Accelerator, config: EvalConfig):
         self.accelerator, self.config = accelerator, config
+        self.begun = time.perf_counter()
         self.console = Console(accelerator, config)
         self.watch = self.console.watch
         self.warned: set[str] = set()
@@ -88,6 +90,10 @@ class Report:
             self.watch.at(i, 1, f"batch {i + 1}, {silent}")
             yield batch
         self.watch.begin(silent)  # gather and metric: no progress to see
+
+    def taken(self) -> str:
+        """How long all has taken, in words."""
+        return f"took {lines.clock(time.perf_counter() - self.begun)} (h:min:s)"
 
     def timing(self, result: Evaluation) -> None:
         """Where the time of a validation went."""

@@ -189,4 +189,3 @@ def _warm() -> None:
         import wandb  # 0.3 s
 
         wandb.setup()
-

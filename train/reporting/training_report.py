@@ -1,8 +1,11 @@
 """What a training has to say, from the banner to the last epoch."""
 
+import platform
 import time
+import unicodedata
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 
 from train.config.options import TrainConfig
@@ -10,7 +13,9 @@ from train.data.formats import Labels
 from train.data.sets import TrainSet
 from train.evaluation.evaluate import Evaluation
 from train.processes.collectives import on_main
+from train.processes.devices import Usage, cores, shared_cores
 from train.reporting import lines
+from train.reporting.fonts import provide_fonts
 from train.reporting.plots import draw_batch, draw_labels, draw_page, draw_results, same_images
 from train.reporting.report import Report
 from train.reporting.results import epoch_row
@@ -35,8 +40,8 @@ class TrainingReport(Report):
     def __init__(self, accelerator: Accelerator, config: TrainConfig):
         super().__init__(accelerator, config)
         self.tracking = Tracking(accelerator, self.say, "wandb" in config.trackers)
-        self.begun = time.perf_counter()
         self.drawn = -DRAWN
+        self.usage = Usage.now()
 
     def banner(
         self, precision: str, origin: str, data: str, schedule: Schedule, train: TrainSet, val: list[Labels]
@@ -63,8 +68,18 @@ class TrainingReport(Report):
             self.say("warning: --sync-bn is ignored; it needs several CUDA processes")
         self.say(f"run        {self.folder}")
         self.names = train.data["names"]
+        if self.accelerator.device.type == "cpu" and torch.get_num_threads() > 1:
+            busy = on_main(self.accelerator, lambda: Usage.now().others_since(self.usage))
+            if busy > len(cores()) / 2:
+                self.say(f"warning: {shared_cores(busy, len(cores()), platform.node())}")
         if self.draws:
+            self.going_on("pictures", self._check_fonts)
             self.going_on("pictures", lambda: draw_labels(train.scanned, self.names, self.folder))
+
+    def _check_fonts(self) -> None:
+        lacking = "".join(c for c in provide_fonts(self.names.values()) if unicodedata.category(c) != "So")
+        if lacking:
+            self.say(f"warning: no font here has {lacking[:40]}; pictures show boxes instead. Install one: fonts-noto")
 
     def start_trackers(self, config: TrainConfig, state: TrainState) -> None:
         """Start the trackers; the id of the W&B run goes into the run's folder and its checkpoints (collective)."""

@@ -102,7 +102,7 @@ def first_pictures(folder: Path) -> dict[str, Any]:
 
 
 def log_model(run: Any, weights: Path, state: TrainState) -> None:
-    """best.pt and last.pt as versions of one model artifact, named from the working directory where they lie below it."""
+    """best.pt and last.pt as versions of one model artifact, whose paths start in the working directory if they can."""
     for name, epoch in (("last", state.epoch + 1), ("best", state.best_epoch + 1)):
         metadata = {"epoch": epoch} | ({"AP": state.best_ap} if name == "best" else {"AP": state.last_ap})
         artifact = wandb.Artifact(f"model-{run.id}", type="model", metadata=metadata)

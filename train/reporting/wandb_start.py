@@ -61,7 +61,10 @@ def introduce(run: Any, folder: Path) -> list[str]:
     asked = Path(os.environ.get("WANDB_DIR") or folder)
     if asked.resolve() not in Path(run.dir).resolve().parents:
         lines.append(f"warning: W&B cannot write to {asked}; its files are in {Path(run.dir).parent}")
-    return [*lines, f"wandb      {f'offline; to send it: {sync_command(Path(run.dir).parent)}' if run.offline else run.url}"]
+    return [
+        *lines,
+        f"wandb      {f'offline; to send it: {sync_command(Path(run.dir).parent)}' if run.offline else run.url}",
+    ]
 
 
 def sync_command(folder: Path) -> str:
