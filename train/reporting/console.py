@@ -18,6 +18,8 @@ from train.config.words import printable
 from train.processes.watch import Watch
 
 T = TypeVar("T")
+WIDE = 100  # columns that a bar needs beside the numbers; below, numbers come first and the bar has what is left
+NARROW = "{desc}: {n_fmt}/{total_fmt}{postfix} {remaining} {bar}"
 NO_TERMINAL = ("JPY_PARENT_PID", "KAGGLE_KERNEL_RUN_TYPE", "COLAB_RELEASE_TAG", "CI")
 
 
@@ -51,6 +53,7 @@ class Console:
     def __init__(self, accelerator: Accelerator, config: EvalConfig):
         self.accelerator, self.config = accelerator, config
         self.bar: tqdm | None = None
+        self.columns = 0  # of the terminal when the bar was drawn last
         # A notebook's `!command` and some CI runners give their commands a terminal that nobody looks at as one.
         terminal = sys.stdout.isatty() and not any(name in os.environ for name in NO_TERMINAL)
         wants_bar = config.progress == "bar" or (config.progress == "auto" and terminal)
@@ -84,6 +87,7 @@ class Console:
             if bar is None:
                 self.accelerator.print(line, flush=True)
             else:
+                self._fit(bar)
                 bar.write(line)
 
     @contextlib.contextmanager
@@ -116,25 +120,39 @@ class Console:
                 self.bar = tqdm(
                     total=total, desc=words, unit=unit, leave=False, dynamic_ncols=True, file=sys.stdout, colour=colour
                 )
+                self._fit(self.bar)
+
+    def _fit(self, bar: tqdm) -> None:
+        """Before the bar is drawn: what stands in it follows the terminal's width, and so does what is left of it."""
+        columns = _columns()
+        if columns < self.columns and _wraps_again():  # the line lies on several rows now, and tqdm clears one
+            up = -(-self.columns // columns) - 1
+            sys.stdout.write(f"\x1b[{up}A\r\x1b[J" if up else "\r\x1b[J")
+            bar.sp = tqdm.status_printer(sys.stdout)  # the old one would fill the line to its former length
+        self.columns = columns
+        bar.bar_format = None if columns >= WIDE else NARROW
 
     def advance(self) -> None:
         """Move the bar by one, where there is one."""
         if self.bar is not None:
             with self._going_on():
+                self._fit(self.bar)
                 self.bar.update()
 
     def annotate(self, words: str) -> None:
         """Words behind the bar, where there is one."""
         if self.bar is not None:
             with self._going_on():
+                self._fit(self.bar)
                 self.bar.set_postfix_str(words)
 
     def close_bar(self) -> None:
         """Take the bar away, where there is one."""
         if self.bar is not None:
             with self._going_on():
+                self._fit(self.bar)
                 self.bar.close()
-            self.bar = None
+            self.bar, self.columns = None, 0
 
     def counted(self, items: Iterable[T], total: int, words: str, unit: str) -> Iterator[T]:
         """The items, under a bar on a terminal; elsewhere nothing is said of them."""
@@ -171,3 +189,15 @@ class Console:
         for handler in self.handlers:
             logging.getLogger().removeHandler(handler)
             handler.close()
+
+
+def _columns() -> int:
+    try:
+        return os.get_terminal_size(sys.stdout.fileno()).columns or 80
+    except (OSError, ValueError):  # a bar that was asked for where there is no terminal
+        return 80
+
+
+def _wraps_again() -> bool:
+    """Whether the terminal breaks lines anew when its width changes: all that are in common use but these do."""
+    return "XTERM_VERSION" not in os.environ and os.environ.get("TERM") != "linux" and "STY" not in os.environ

@@ -44,7 +44,8 @@ def optimizer_line(schedule: Schedule) -> str:
 # Within and after an epoch --------------------------------------------------------------------------------------------
 def bar_words(window: Window, lr: float) -> str:
     """What stands behind the training bar."""
-    return f"{_numbers(window.means())} lr {lr:.3g} {window.images / max(window.seconds):.0f} images/s"
+    losses = " ".join(_numbers(window.means()).split())
+    return f"{losses} lr {lr:.3g} {window.images / max(window.seconds):.0f} images/s"
 
 
 def step_line(step: int, steps: int, since: Window, whole: Window, lr: float) -> str:
