@@ -14,6 +14,7 @@ import torch
 from train.config.errors import InputError
 
 Precision = Literal["auto", "bf16", "fp16", "no"]
+ABOVE_0 = 1e-9
 C = TypeVar("C", bound="EvalConfig")
 
 
@@ -116,9 +117,9 @@ class EvalConfig(Data, Validation, Computing, Logging, Trust):
 
     def faults(self) -> list[str]:
         """Every value that cannot work, one sentence each, with the flag to change."""
-        faults = _outside(self, 32, math.inf, "imgsz") + _outside(self, 1, math.inf, "val_batch", "max_det")
+        faults = _outside(self, 32, 16384, "imgsz") + _outside(self, 1, 100_000, "val_batch", "max_det")
         faults += _outside(self, 0, 1, "conf", "iou") + _outside(self, 0, math.inf, "workers", "hang_timeout")
-        faults += _outside(self, 1e-9, 1, "val_fraction")
+        faults += _outside(self, ABOVE_0, 1, "val_fraction")
         if self.log_interval is not None:
             faults += _outside(self, 1, math.inf, "log_interval")
         if self.val_limit is not None:
@@ -300,14 +301,15 @@ class TrainConfig(Training, Recipe, Augmentation, Output, Resuming, Wandb, EvalC
 
     def faults(self) -> list[str]:
         """Every value that cannot work, one sentence each, with the flag to change."""
-        faults = super().faults() + _outside(self, 1, math.inf, "epochs", "batch", "nbs", "patience")
+        faults = super().faults() + _outside(self, 1, math.inf, "epochs", "nbs", "patience")
+        faults += _outside(self, 1, 100_000, "batch") + _outside(self, 0, 2**32 - 1, "seed")  # what NumPy takes
         faults += _outside(self, 1, math.inf, "val_interval")
-        faults += _outside(self, 0, math.inf, "lr0", "lrf", "weight_decay", "warmup_epochs", "warmup_bias_lr", "seed")
+        faults += _outside(self, 0, math.inf, "lr0", "lrf", "weight_decay", "warmup_epochs", "warmup_bias_lr")
         faults += _outside(self, 0, math.inf, "close_mosaic", "box", "cls", "dfl", "degrees", "shear")
         faults += _outside(self, 0, 0.9999, "momentum", "warmup_momentum", "multi_scale")
         faults += _outside(self, 0, 1, "hsv_h", "hsv_s", "hsv_v", "translate", "scale", "flipud", "fliplr", "bgr")
         faults += _outside(self, 0, 1, "mosaic", "mixup", "cutmix", "copy_paste", "cls_pw")
-        faults += _outside(self, 0, 0.001, "perspective") + _outside(self, 1e-9, math.inf, "fraction")
+        faults += _outside(self, 0, 0.001, "perspective") + _outside(self, ABOVE_0, math.inf, "fraction")
         if self.time is not None:
             faults += _outside(self, 0, math.inf, "time")
         if self.rect and self.multi_scale:
@@ -369,9 +371,12 @@ FROM_CHECKPOINT = frozenset({
 
 def _outside(config: Any, low: float, high: float, *names: str) -> list[str]:
     """One sentence for each of the named options whose value is not between low and high."""
-    wanted = f"between {low:g} and {high:g}" if high < math.inf else f"{low:g} or more"
+    if low == ABOVE_0:
+        wanted = "above 0" + (f" and at most {high:.10g}" if high < math.inf else "")
+    else:
+        wanted = f"between {low:.10g} and {high:.10g}" if high < math.inf else f"{low:.10g} or more"
     return [
         f"--{name.replace('_', '-')} is {getattr(config, name)!r}; it must be {wanted}."
         for name in names
-        if not low <= getattr(config, name) <= high
+        if not low <= getattr(config, name) <= high or getattr(config, name) == math.inf
     ]

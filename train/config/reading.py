@@ -91,9 +91,9 @@ def run_folder(named: str) -> str:
 
 def _parsed(kind: type[C], description: str, arguments: list[str], values: dict[str, Any]) -> dict[str, Any]:
     """What the command line says, and `values` or the defaults where it says nothing, by name."""
-    groups = [base for base in kind.__mro__[1:] if dataclasses.is_dataclass(base) and base is not EvalConfig]
+    groups: list[Any] = [base for base in kind.__mro__[1:] if dataclasses.is_dataclass(base) and base is not EvalConfig]
     members: list[tuple[str, Any, Any]] = []
-    for group in [*groups, File]:
+    for group in (File, *groups):
         given = {field.name: values[field.name] for field in dataclasses.fields(group) if field.name in values}
         flat = tyro.conf.OmitArgPrefixes[group]  # type: ignore[valid-type]
         members.append((group.__name__.lower(), flat, dataclasses.field(default=group(**given))))

@@ -12,9 +12,13 @@ from ultralytics.utils.ops import xywh2ltwh
 
 from train.config.errors import InputError
 from train.config.options import EvalConfig
+from train.data.data_yaml import checked_name
 from train.data.files import DataFiles
-from train.data.formats import Labels
+from train.data.formats import Labels, check_regular
 from train.data.scan import Counted, scan, subset, uncounted
+
+# How reading a JSON file fails that holds something else
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError, RecursionError)
 
 
 def ground_truth(
@@ -55,6 +59,28 @@ def ground_truth(
     return labels, {"images": images, "annotations": annotations, "categories": categories}
 
 
+def _json(file: str) -> Any:
+    check_regular(file)
+    return json.loads(Path(file).read_text(encoding="utf-8-sig"))
+
+
+def _reason(error: BaseException, where: str) -> str:
+    """What is wrong with a JSON file, in words: Python's own would be of its types."""
+    if isinstance(error, KeyError):
+        return f"{where} has no {error}"
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    if isinstance(error, UnicodeDecodeError):
+        return "it is not UTF-8"
+    if isinstance(error, json.JSONDecodeError):
+        return f"it is no JSON: {error}"
+    return "a value in it is not of the kind that COCO has there"
+
+
+def _span(ids: list[int]) -> str:
+    return f"{min(ids)} to {max(ids)}" if ids else "none"
+
+
 def read_annotations(file: str) -> dict[str, Any]:
     """A COCO annotation file with boxes, as far as this project uses it.
 
@@ -62,10 +88,10 @@ def read_annotations(file: str) -> dict[str, Any]:
         InputError: it is not one.
     """
     try:
-        content = json.loads(Path(file).read_text(encoding="utf-8"))
+        content = _json(file)
         truth = {
             "images": [
-                {"id": int(i["id"]), "file_name": i["file_name"], "width": i["width"], "height": i["height"]}
+                {"id": int(i["id"]), "file_name": str(i["file_name"]), "width": i["width"], "height": i["height"]}
                 for i in content["images"]
             ],
             "annotations": [
@@ -81,9 +107,17 @@ def read_annotations(file: str) -> dict[str, Any]:
             ],
             "categories": [{"id": int(c["id"]), "name": str(c["name"])} for c in content["categories"]],
         }
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-        reason = f"it has no {error}" if isinstance(error, KeyError) else error
+    except UNREADABLE as error:
+        reason = _reason(error, "it")
         raise InputError(f"--annotations {file} is not a COCO annotation file that can be read: {reason}") from None
+    names: dict[str, int] = {}
+    for category in truth["categories"]:
+        name = checked_name(category["name"], f"--annotations {file}: category {category['id']}")
+        if name in names:
+            raise InputError(
+                f"--annotations {file}: the categories {names[name]} and {category['id']} are both {name!r}."
+            )
+        names[name] = category["id"]
     known = {kind: {entry["id"] for entry in truth[kind]} for kind in ("images", "categories")}
     for kind, ids in known.items():
         if len(ids) < len(truth[kind]):
@@ -142,13 +176,15 @@ def read_predictions(file: str, truth: dict[str, Any]) -> np.ndarray:
         InputError: it is not a results file, or names images or categories that the truth does not have.
     """
     try:
-        content = json.loads(Path(file).read_text(encoding="utf-8"))
+        content = _json(file)
+        if not isinstance(content, list):
+            raise TypeError("it is no list")
         rows = np.array([[d["image_id"], *d["bbox"], d["score"], d["category_id"]] for d in content], dtype=np.float64)
         rows = rows.reshape(len(content), 7)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = f"an entry has no {error}" if isinstance(error, KeyError) else error
+    except UNREADABLE as error:
         raise InputError(
-            f"--predictions {file} is not a COCO results file, a list of image_id, category_id, bbox, score: {reason}"
+            f"--predictions {file} is not a COCO results file, a list of image_id, category_id, bbox, score: "
+            f"{_reason(error, 'an entry')}"
         ) from None
     if not np.isfinite(rows).all():
         raise InputError(f"--predictions {file} holds a value that is not a finite number.")
@@ -158,7 +194,7 @@ def read_predictions(file: str, truth: dict[str, Any]) -> np.ndarray:
         if len(unknown):
             raise InputError(
                 f"--predictions {file} names {what} ids that the data set does not have, {len(unknown)} of them: "
-                f"{', '.join(f'{id_:g}' for id_ in unknown[:5])}; known are {min(known)} to {max(known)}."
+                f"{', '.join(f'{id_:g}' for id_ in unknown[:5])}; known are {_span(known)}."
             )
     return rows[np.argsort(rows[:, 0], kind="stable")]
 

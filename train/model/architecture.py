@@ -24,16 +24,17 @@ def read_architecture(file: str) -> dict[str, Any]:
     Raises:
         InputError: there is none, or it is not one of a detector.
     """
+    if os.path.exists(file) and not os.path.isfile(file):
+        raise InputError(f"--model {file} is not a file.")
     try:
-        if os.path.exists(file) and not os.path.isfile(file):
-            raise InputError(f"--model {file} is not a file.")
         content = yaml_model_load(file)
     except FileNotFoundError:
         raise InputError(
             f"There is no model {file}, neither a file nor one of Ultralytics' (yolov8n.yaml, yolo11s.yaml, …)."
         ) from None
     except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:200]
+        ours = isinstance(error, yaml.YAMLError | OSError)
+        reason = " ".join(str(error).split())[:200] if ours else "it is no mapping with a backbone and a head"
         raise InputError(f"--model {file} is not a YAML that can be read: {reason}") from None
     check_architecture(content, f"--model {file}")
     return content

@@ -4,7 +4,6 @@ from copy import deepcopy
 from typing import Any
 
 import torch
-import torchvision  # noqa: F401  # imported first: Ultralytics' NMS uses it only if it is already there
 from torch import Tensor
 from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils.loss import E2ELoss
@@ -20,6 +19,9 @@ def inference_copy(
 
     With `losses` it has a criterion, and keeps both branches of an end-to-end head: see `validation_losses`.
     """
+    # Ultralytics' NMS uses torchvision only if it is already imported, which takes 1.2 s: not where --help is asked for
+    import torchvision  # noqa: F401
+
     # Contiguous first: fusing sums in memory order, and a checkpoint's weights come back contiguous.
     model = deepcopy(model).float().eval().to(device).to(memory_format=torch.contiguous_format)
     head = model.model[-1]

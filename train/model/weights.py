@@ -131,7 +131,7 @@ def _kind(error: BaseException) -> str:
 
 def _refused(error: BaseException) -> list[str]:
     """The class that torch's weights-only rules have refused to load, where that is the error."""
-    return re.findall(r"GLOBAL (\S+) was not an allowed global", str(error.__cause__ or error))
+    return re.findall(r"GLOBAL (\S+) (?:was not an allowed|whose module)", str(error.__cause__ or error))
 
 
 def trained_with(weights: str, trust: bool = False) -> dict[str, Any]:

@@ -6,6 +6,7 @@ All ranks call these methods at the same places with the same numbers; the main 
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -19,8 +20,14 @@ from train.processes.collectives import on_main
 from train.processes.devices import processes
 from train.reporting import lines
 from train.reporting.console import Console
-from train.reporting.plots import draw_evaluation
 from train.reporting.results import Results
+
+
+def plots() -> ModuleType:
+    """The module that draws. It imports matplotlib, which takes 0.3 s: not where --help is asked for."""
+    from train.reporting import plots
+
+    return plots
 
 
 class Report:
@@ -114,7 +121,7 @@ class Report:
         if tide and evaluation.metrics["AP50"] > 0:  # of nothing nothing can be lost
             self.say(f"AP50 lost to errors (TIDE): {'  '.join(f'{kind} {lost:.3f}' for kind, lost in tide.items())}")
         if self.draws:
-            self.going_on("pictures", lambda: draw_evaluation(evaluation, truth, diagnosis, self.folder))
+            self.going_on("pictures", lambda: plots().draw_evaluation(evaluation, truth, diagnosis, self.folder))
 
     def close(self) -> None:
         """Finish the watch and the logs."""

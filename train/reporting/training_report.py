@@ -15,9 +15,7 @@ from train.evaluation.evaluate import Evaluation
 from train.processes.collectives import on_main
 from train.processes.devices import Usage, cores, shared_cores
 from train.reporting import lines
-from train.reporting.fonts import provide_fonts
-from train.reporting.plots import draw_batch, draw_labels, draw_page, draw_results, same_images
-from train.reporting.report import Report
+from train.reporting.report import Report, plots
 from train.reporting.results import epoch_row
 from train.reporting.tracking import Tracking
 from train.training.engine import Progress
@@ -74,10 +72,10 @@ class TrainingReport(Report):
                 self.say(f"warning: {shared_cores(busy, len(cores()), platform.node())}")
         if self.draws:
             self.going_on("pictures", self._check_fonts)
-            self.going_on("pictures", lambda: draw_labels(train.scanned, self.names, self.folder))
+            self.going_on("pictures", lambda: plots().draw_labels(train.scanned, self.names, self.folder))
 
     def _check_fonts(self) -> None:
-        lacking = "".join(c for c in provide_fonts(self.names.values()) if unicodedata.category(c) != "So")
+        lacking = "".join(c for c in plots().provide_fonts(self.names.values()) if unicodedata.category(c) != "So")
         if lacking:
             self.say(f"warning: no font here has {lacking[:40]}; pictures show boxes instead. Install one: fonts-noto")
 
@@ -100,7 +98,7 @@ class TrainingReport(Report):
         """Draw one of the first batches of the main process, with its boxes."""
         if self.draws:
             file = self.folder / f"train_batch{i}.jpg"
-            self.going_on("pictures", lambda: draw_batch(batch, self.names, file))
+            self.going_on("pictures", lambda: plots().draw_batch(batch, self.names, file))
 
     def measured(self, progress: Progress) -> None:
         """The first step ends the silence, each moves the bar. What was measured goes to the bar and the trackers, and
@@ -166,10 +164,10 @@ class TrainingReport(Report):
         self.tracking.epoch(state, self.whole.speed(), result, truth, last)
 
     def _draw_epoch(self, state: TrainState, result: Evaluation | None, truth: dict[str, Any]) -> None:
-        draw_results(state.rows, self.config.val_name, self.folder / "results.png")
+        plots().draw_results(state.rows, self.config.val_name, self.folder / "results.png")
         if result:
-            same = [(image, "") for image in same_images(truth)]
-            draw_page(result.detections, truth, same, self.folder / "val_batch.jpg")
+            same = [(image, "") for image in plots().same_images(truth)]
+            plots().draw_page(result.detections, truth, same, self.folder / "val_batch.jpg")
 
     def close(self, state: TrainState | None = None) -> None:
         """Finish the trackers, which get the weights of the run, the watch and the logs."""
