@@ -20,10 +20,10 @@ NOTHING = "\u2013"  # in a table, where the metric is -1
 def data_line(name: str, train: Sequence[Labels], val: Sequence[Labels]) -> str:
     """Images, boxes and images without a box of the two splits."""
     counts = []
-    for labels in (train, val):
-        boxes = sum(len(entry.cls) for entry in labels)
-        counts.append(f"{len(labels)} images with {boxes} boxes ({sum(not len(e.cls) for e in labels)} backgrounds)")
-    return f"data       {name}: {counts[0]} to train on, {counts[1]} to validate on"
+    for labels, use in ((train, "train"), (val, "validate")):
+        boxes, empty = sum(len(entry.cls) for entry in labels), sum(not len(entry.cls) for entry in labels)
+        counts.append(f"{len(labels)} images with {boxes} boxes to {use} on ({empty} without a box)")
+    return f"data       {name}: {', '.join(counts)}"
 
 
 def batch_line(schedule: Schedule, ranks: int) -> str:

@@ -69,6 +69,8 @@ class Tracking:
         return wandb_id
 
     def _start(self, wandb_id: str) -> tuple[list[str], str]:
+        if not self.config.used_trackers:
+            return [], ""
         lines: list[str] = []
         started: list[Any] = []
         values = {k: v if isinstance(v, int | float | str) else str(v) for k, v in asdict(self.config).items()}
