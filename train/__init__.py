@@ -13,8 +13,9 @@ os.environ.setdefault("YOLO_AUTOINSTALL", "0")  # never pip-install what a check
 os.environ.setdefault("ULTRALYTICS_SAFE_LOAD", "1")  # checkpoints load with torch's weights_only rules
 os.environ.setdefault("YOLO_VERBOSE", "false")  # no banner at import; train/reporting/console.py opens its log again
 
-SCRATCH = "yolo-accelerate-"
-scratch = tempfile.TemporaryDirectory(prefix=SCRATCH)  # of this process; removed when it ends
+SCRATCH, LONGEST = "yoloacc-", 58  # workers' sockets lie below: a path of more than 107 bytes would hang them
+_short = len(os.fsencode(tempfile.gettempdir())) <= LONGEST or not os.access("/tmp", os.W_OK)
+scratch = tempfile.TemporaryDirectory(prefix=SCRATCH, dir=None if _short else "/tmp")  # removed when the process ends
 os.environ.setdefault("YOLO_CONFIG_DIR", scratch.name)
 if not os.access(os.path.expanduser("~"), os.W_OK):  # a container's user without a home; matplotlib would say so
     os.environ.setdefault("MPLCONFIGDIR", scratch.name)

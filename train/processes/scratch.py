@@ -11,7 +11,7 @@ import time
 
 import train
 
-LOCK = "lock"
+LOCK = ".yolo-accelerate.lock"
 YOUNG = 60.0  # seconds in which a folder may not have its lock yet
 
 
@@ -28,12 +28,12 @@ def claim() -> None:
 
 
 def _remove_the_dead() -> None:
-    """Remove the folders of this user's processes that have been killed."""
-    for folder in glob.glob(f"{glob.escape(tempfile.gettempdir())}/{train.SCRATCH}*"):
-        with contextlib.suppress(OSError):  # another user's, or another process is faster
+    """Remove the folders of this user's killed processes: those that have a lock, and nobody holds it."""
+    for folder in glob.glob(f"{glob.escape(os.path.dirname(train.scratch.name))}/{train.SCRATCH}????????"):
+        with contextlib.suppress(OSError):  # another user's, another's folder of such a name, or another run is faster
             if os.stat(folder).st_uid != os.getuid() or time.time() - os.stat(folder).st_mtime < YOUNG:
                 continue
-            lock = os.open(os.path.join(folder, LOCK), os.O_CREAT | os.O_RDWR)
+            lock = os.open(os.path.join(folder, LOCK), os.O_RDWR)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(folder, ignore_errors=True)

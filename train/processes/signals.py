@@ -50,9 +50,10 @@ def during_work() -> None:
     def end(number: int, _: FrameType | None) -> None:
         if os.getpid() != main:  # a worker that was forked from here; torch takes another code for a failure of its own
             os._exit(0)
-        for other in SIGNALS:
-            signal.signal(other, signal.SIG_IGN)  # one is enough, and a second must not cut off the end of the first
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would call the workers' end, by the same signal, an error
+        # One is enough, and a second must not cut off the end of the first. SIGCHLD: torch would call it an error that
+        # the same signal has ended the workers. No SIG_IGN, of which Python complains where a signal is under way.
+        for other in (*SIGNALS, signal.SIGCHLD):
+            signal.signal(other, lambda *_: None)
         backstop = threading.Timer(GRACE, os._exit, [exit_code(number)])
         backstop.daemon = True
         backstop.start()
