@@ -71,6 +71,12 @@ def test_what_is_refused_says_where_and_how_to_mend_it(tmp_path: Path, names: st
     assert str(error.value).isprintable()
 
 
+def test_names_as_json_writes_them(tmp_path: Path):
+    assert read(tmp_path, SPLITS + r'names: ["\ud83c\udf4e", "\u706b"]').names == {0: "🍎", 1: "火"}
+    with pytest.raises(InputError, match="which holds"):
+        read(tmp_path, SPLITS + r'names: ["\ud83c"]')
+
+
 def test_encodings_and_sizes(tmp_path: Path, monkeypatch):
     assert read(tmp_path, "\ufeff" + SPLITS + "names: [é]\r\n").names == {0: "é"}
     with pytest.raises(InputError, match=r"it is UTF-16\. Save it as UTF-8"):

@@ -1,5 +1,6 @@
 """What a data YAML says. It is read as data: nothing in it is executed, and class names are what is written."""
 
+import contextlib
 import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,6 +130,8 @@ def _names(node: yaml.Node, file: Path) -> dict[int, str]:
 
 def checked_name(name: str, source: str) -> str:
     """A class name that fits on one line of a terminal and does nothing there; InputError where it does not."""
+    with contextlib.suppress(UnicodeDecodeError):  # a character that JSON writes as two, which YAML does not join
+        name = name.encode("utf-16", "surrogatepass").decode("utf-16")
     # control characters, lone surrogates, line and paragraph separators, and marks that turn the writing around
     bad = [
         c

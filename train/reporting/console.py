@@ -65,6 +65,7 @@ class Console:
         self.early = logging.handlers.MemoryHandler(capacity=10_000, flushLevel=logging.CRITICAL + 1)
         self.handlers: list[logging.Handler] = [self.early]
         logging.getLogger().addHandler(self.early)
+        logging.raiseExceptions = False  # what a library's own log cannot take or write is not for the console
         logging.captureWarnings(True)  # Python's warnings go to the logs of the ranks that gave them
         self.logger.setLevel(level)
         for name in ("ultralytics", "torch", "accelerate"):  # to the logs; their own handlers print, on every rank

@@ -166,11 +166,11 @@ def _padded(name: str, columns: int) -> str:
     """A name cut or filled to so many columns of a terminal, on which Chinese characters and emoji take two."""
     kept, left = "", columns - 1
     for character in name:
-        left -= 0 if unicodedata.combining(character) else 2 if unicodedata.east_asian_width(character) in "WF" else 1
-        if left < 0:
+        wide = 0 if unicodedata.combining(character) else 2 if unicodedata.east_asian_width(character) in "WF" else 1
+        if wide > left:
             break
-        kept += character
-    return kept + " " * (max(left, 0) + 1)
+        kept, left = kept + character, left - wide
+    return kept + " " * (left + 1)
 
 
 def _measured(value: float) -> str:
