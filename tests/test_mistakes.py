@@ -38,6 +38,14 @@ def home(tmp_path_factory: pytest.TempPathFactory, shapes: Path) -> Path:
         "unlabelled.yaml": f"path: {folder}\ntrain: unlabelled\nval: unlabelled\n{NAMES}",
         "faulty.yaml": f"path: {folder}\ntrain: images\nval: images\n{NAMES}",
         "broken.yaml": "train: [a\n",
+        "utf16.yaml": "",
+        "swapped.yaml": f"{root}train: images/train\nval: images/val\nnames: {{circle: 0}}\n",
+        "twins.yaml": f"{root}train: images/train\nval: images/val\nnames: [a, b, a]\n",
+        "named.json": '{"images": [], "annotations": [], "categories": [{"id": 1, "name": "a\\nb"}]}',
+        "twin.json": '{"images": [], "annotations": [], "categories": '
+        '[{"id": 1, "name": "a"}, {"id": 2, "name": "a"}]}',
+        "deep.json": "[" * 5000,
+        "binary.json": "",
         "args.yaml": "epochs: many\nmosaic: -3\n",
         "list.yaml": "- epochs\n",
         "unknown.json": '[{"image_id": 777777, "category_id": 0, "bbox": [1, 2, 3, 4], "score": 0.5}]',
@@ -45,6 +53,10 @@ def home(tmp_path_factory: pytest.TempPathFactory, shapes: Path) -> Path:
     }
     for name, text in files.items():
         (folder / name).write_text(text)
+    (folder / "utf16.yaml").write_bytes("train: a\n".encode("utf-16"))
+    (folder / "binary.json").write_bytes(b"\xff\x00" * 50)
+    (folder / "run" / "weights").mkdir(parents=True)
+    (folder / "run" / "config.json").write_text("{}")
     (folder / "void").mkdir()
     (folder / "unlabelled").mkdir()
     cv2.imwrite(str(folder / "unlabelled" / "a.png"), np.zeros((64, 64, 3), np.uint8))
@@ -89,6 +101,29 @@ CASES = [
     ([*GOOD, "--annotations", "other.json"], r"other\.json lacks 21 of 21 images"),
     (["--resume", "run", "--model", "x.pt"], "--resume goes on with the run's own options; leave out --model"),
     (["--resume", "gone"], r"gone/config\.json cannot be read"),
+    (["--resume", "run"], r"--resume run: there is no run/weights/last\.pt; no epoch was finished there"),
+    (["--device", "0"], r"no --device here; instead: CUDA_VISIBLE_DEVICES=0,1 .* make train GPUS=2"),
+    (["data=good.yaml", "epochs=3"], r"options are written --data good\.yaml --epochs 3"),
+    (["--seed", "4294967296"], r"--seed is 4294967296; it must be between 0 and 4294967295"),
+    ([*GOOD, "--log-file", "void"], r"--log-file is 'void', a folder; name a file in it"),
+    ([*GOOD, "--log-file", "good.yaml/x/log.txt"], r"good\.yaml is a file\. Name another with --log-file"),
+    ([*GOOD, "--classes", "99"], r"--classes names 99, but .*good\.yaml has the classes 0 to 2"),
+    ([*GOOD, "--model", "good.yaml"], r"--model good\.yaml is the YAML of a data set; that is --data"),
+    ([*GOOD, "--model", "run"], r"--model run is a folder; name a file\."),
+    ([*GOOD, "--model", "best.onnx"], r"--model is 'best\.onnx', an exported model; name the \.pt checkpoint"),
+    (["--data", "void"], r"--data is 'void', a folder; name its data YAML"),
+    (["--data", "utf16.yaml"], r"it is UTF-16\. Save it as UTF-8"),
+    (["--data", "swapped.yaml"], r"`names` has the key 'circle'; write `0: circle`"),
+    (["--data", "twins.yaml"], r"the classes 0 and 2 are both named 'a'"),
+    (["--data", "other.json"], r"it must be a data YAML"),
+    ([*GOOD, "--annotations", "named.json"], r"category 1 is 'a\\nb', which holds '\\n'"),
+    ([*GOOD, "--annotations", "twin.json"], r"the categories 1 and 2 are both 'a'"),
+    ([*GOOD, "--annotations", "deep.json"], r"deep\.json is not a COCO annotation file"),
+    (
+        [*GOOD, "--annotations", "binary.json"],
+        r"binary\.json is not a COCO annotation file that can be read: it is not UTF",
+    ),
+    ([*GOOD, "--annotations", "/dev/zero"], r"it is no regular file"),
     (["--cfg", "args.yaml"], r"epochs is 'many'; it must be a whole number"),
     (["--cfg", "gone.yaml"], r"--cfg gone\.yaml cannot be read"),
     (["--cfg", "list.yaml"], r"--cfg list\.yaml holds no options"),
@@ -130,6 +165,14 @@ CASES = [
 VALIDATE_CASES = [
     ([], "either --weights, a checkpoint, or --predictions"),
     (["--weights", "gone.pt"], r"no checkpoint gone\.pt"),
+    (["--weights", "best.onnx"], r"--weights is 'best\.onnx', an exported model"),
+    (["--weights", "run"], r"--weights run is a folder; name a file\."),
+    (["--model", "good.pt"], r"no --model here; instead: --weights"),
+    (
+        ["--weights", "good.pt", "--data", "good.yaml", "--save-dir", "good.yaml"],
+        r"good\.yaml is a file\. .*--save-dir",
+    ),
+    (["--predictions", "deep.json", "--data", "good.yaml"], r"deep\.json is not a COCO results file"),
     (["--weights", "cut.pt"], r"cut\.pt is not a checkpoint that can be loaded"),
     (["--weights", "good.pt"], r"good\.pt does not say what it was trained on"),
     (["--weights", "good.pt", "--data", "good.yaml", "--split", "test"], "names no `test` images"),
@@ -141,6 +184,13 @@ VALIDATE_CASES = [
     ),
     (["--predictions", "unknown.json"], "--predictions needs --data"),
 ]
+
+
+# What only the labels or the images can say: all else is told before they are read, which takes minutes at times
+AFTER_LABELS = (
+    "usable label", "--strict", "annotation file", "lacks 21", "category", "categories", "regular", "no `val`", "test`",
+    "no images in", "notrain",
+)  # fmt: skip
 
 
 def test_each_mistake_is_one_message_with_its_mend(home: Path):
@@ -158,7 +208,8 @@ def test_each_mistake_is_one_message_with_its_mend(home: Path):
     for (_, arguments, message), result in zip(cases, results, strict=True):
         said = re.sub(r"\s+", " ", result["err"])
         once = len(re.findall(message, said)) == 1 or ("full helptext" in said and re.search(message, said))  # tyro's
-        if result["code"] != 2 or not once or "Traceback" in said:
+        late = "reading the labels" in result["out"] and not any(word in message for word in AFTER_LABELS)
+        if result["code"] != 2 or not once or "Traceback" in said or late:
             wrong.append((arguments, result["code"], said[-300:]))
     assert not wrong
     assert sorted(home.rglob("*")) == before

@@ -111,9 +111,9 @@ def main(config: TrainConfig) -> None:
     report.open(folder, given)
     weights = folder / "weights"
     weights.mkdir(exist_ok=True)
+    report.start_trackers(config, state)
     report.faults(train_faults + val_faults)
     report.banner(why_precision, f"{origin}; {size}", data.name, schedule, train_set, val_labels)
-    report.start_trackers(config, state)
 
     # What validation depends on is kept in the checkpoints, so that validate.py repeats it: the YAML's whole path, too.
     validated = replace(config, data=data.name, mixed_precision=config.val_precision or config.mixed_precision)

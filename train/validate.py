@@ -51,7 +51,7 @@ def main(config: ValConfig) -> None:
         return
     config = resolved(config, accelerator)
     here = Path(best_of_run(config.weights)).is_file()
-    weights = once_per_machine(accelerator, lambda: fetch_weights(config.weights))
+    weights = once_per_machine(accelerator, lambda: fetch_weights(config.weights, "--weights"))
     if not here:  # it has just been downloaded, and may say what it was trained with
         config = resolved(parse(ValConfig, __doc__ or "", kept=validated_with)[0], accelerator)
     model, _ = load_detector(weights, config.trust_checkpoint)

@@ -29,7 +29,7 @@ def test_every_option_is_on_a_list_or_dangerous():
     assert not FROM_CHECKPOINT & {"project", "name", "wandb_project", "workers"}
 
 
-@pytest.mark.parametrize(("kind", "name"), [(TrainConfig, n) for n in DANGEROUS & set(vars(TrainConfig()))])
+@pytest.mark.parametrize(("kind", "name"), [(TrainConfig, n) for n in sorted(DANGEROUS & set(vars(TrainConfig())))])
 def test_a_file_may_not_set_what_counts_from_the_command_line_alone(tmp_path: Path, kind: type[EvalConfig], name: str):
     value = True if name == "trust_checkpoint" else "victim"
     file = tmp_path / "args.yaml"

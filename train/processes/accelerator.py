@@ -1,5 +1,6 @@
 """The only place where Accelerate is configured: device, backend, precision, timeouts, seeds."""
 
+import os
 import platform
 from dataclasses import replace
 from datetime import timedelta
@@ -43,6 +44,12 @@ def start_processes(wanted_precision: Precision | None, trackers: list[str], see
             raise InputError(
                 f"--trackers names {tracker}, which is not installed: pip install {tracker}, or leave it out."
             )
+    compiler = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "NO")
+    if compiler.upper() != "NO":
+        raise InputError(
+            f"The launcher asks for torch.compile (dynamo_backend: {compiler}), which would compile for minutes at "
+            "each size of a batch. Take it out of Accelerate's default_config.yaml, or name another with --config_file."
+        )
     device = device_type()
     check_devices(local_processes(), device)
     precision, reason = pick_precision(wanted_precision, device)

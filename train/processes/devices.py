@@ -100,6 +100,10 @@ def pick_precision(wanted: Precision | None, device: str) -> tuple[str, str]:
     """
     if wanted is None:
         launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        if launcher not in ("bf16", "fp16", "no"):
+            raise InputError(
+                f"The launcher asks for {launcher}, which these scripts do not train in. Say --mixed-precision auto."
+            )
         wanted, reason = launcher, "the launcher's" if launcher != "no" else "the default"  # type: ignore[assignment]
     elif wanted != "auto":
         reason = "asked for"
