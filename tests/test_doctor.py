@@ -17,7 +17,14 @@ def gpus() -> list[dict[str, Any]]:
     """What two healthy ranks on two GPUs would see: this machine's facts with GPUs that it does not have."""
     seen = facts(Options(mixed_precision="no"))
     seen |= {"driver": "550.1", "CUDA of torch": "12.8", "GPUs seen": 2, "NCCL": True, "ranks on this host": 2}
-    seen |= {"cores": 16, "threads": 8, "shared memory": 8e9, "open files": 65536}
+    seen |= {
+        "busy with others": 0.0,
+        "disk": 1e12,
+        "cores": 16,
+        "threads": 8,
+        "shared memory": 8e9,
+        "open files": 65536,
+    }
     return [copy.deepcopy(seen) | {"rank": i, "device": f"cuda:{i}", "uuid": f"GPU-{i}"} for i in range(2)]
 
 
@@ -37,6 +44,9 @@ def test_healthy_ranks_have_no_finding(gpus):
         ({"threads": 16}, "2 ranks of 16 threads share the 16 cores.*OMP_NUM_THREADS=8"),
         ({"device": "cpu", "threads": 1}, "leave most of the 16 cores .* idle .*OMP_NUM_THREADS=8"),
         ({"open files": 256}, "allows 256 open files.*ulimit"),
+        ({"disk": 1e9}, r"1\.0 GB are free for .*runs/detect.*name another disk with --project"),
+        ({"run folder fault": "The folder x cannot be made: / cannot be written to."}, "cannot be written to"),
+        ({"device": "cpu", "busy with others": 9.0}, r"Other processes keep 9\.0 of the 16 cores .* OMP_NUM_THREADS=1"),
         ({"precision fault": "bf16 was asked for, which T4 does not compute. Say fp16, or auto."}, "Say fp16"),
     ],
 )

@@ -115,6 +115,16 @@ def test_a_run_is_named_as_people_name_it(tmp_path: Path, monkeypatch):
         (["--resume", "gone/weights/last.pt"], r"--resume gone/config.json cannot be read: No such file"),
         (["--cfg", "/dev/zero"], "--cfg /dev/zero is not a file"),
         (["--cfg", "."], r"--cfg \. is not a file"),
+        (["--cfg", ""], r"--cfg is empty; is a variable not set\?"),
+        (["--resume", ""], r"--resume is empty; is a variable not set\?"),
+        (["--resume="], r"--resume is empty; is a variable not set\?"),
+        (["--name", ""], "--name is empty; it must name the run's folder"),
+        (["--imgsz", "640", "480"], "'480' belongs to no option"),
+        (["foo"], "'foo' belongs to no option"),
+        (["--epochs", "3", "batch=8"], "batch=8: options are written --batch 8"),
+        (["--mosiac", "1"], r"There is no --mosiac here; is --mosaic meant\?"),
+        (["-v"], "There is no -v here; --help lists the options"),
+        (["\u2014epochs", "3"], "\u2014epochs: options begin with two hyphens, --epochs"),
     ],
 )
 def test_what_people_type_first_is_answered_in_their_words(arguments: list[str], message: str):
@@ -133,6 +143,24 @@ def test_a_file_of_options_is_held_to_types_in_words(tmp_path: Path):
     assert "rect is 7; it must be true or false." in said
     assert "optimizer is 'Lion'; it must be one of auto, SGD" in said
     assert "classes is a dict; it must be whole numbers." in said
+
+
+def test_a_file_of_options_is_read_with_bounds(tmp_path: Path):
+    file = tmp_path / "args.yaml"
+    for content, message in (
+        (b"epochs: 3\nepochs: 4\n", "says `epochs` twice, in line 1 and in line 2"),
+        (b"epochs: 3 \xff\n", r"it is not UTF-8 \(byte 10\). Save it as UTF-8"),
+        ("epochs: 3\n".encode("utf-16"), "it is UTF-16"),
+        (b"a: [", "is not YAML that can be read"),
+        (b"- epochs\n", "holds no options; it must be a mapping"),
+        (b"", "holds no options"),
+        (b"#" * 10_000_001, "is larger than 10 MB"),
+    ):
+        file.write_bytes(content)
+        with pytest.raises(InputError, match=message):
+            parse(TrainConfig, "", ["--cfg", str(file)])
+    file.write_bytes(b'"\\e[31mred": 1\n')
+    assert parse(TrainConfig, "", ["--cfg", str(file)])[1]  # printed by run(), which makes it printable
 
 
 def test_printable_text_stays_on_its_line():

@@ -160,17 +160,38 @@ def test_an_image_that_breaks_later_is_tried_again_and_then_named(shapes: Path, 
         ("train: images\\train\nval: images\nnames: [a]\n", "data.yaml", "Paths are written with / on this system"),
         ("train: images\nval: images\nnames: [a]\n", "C:\\d.yaml", "no such file.*Paths are written with /"),
         ("train: images\nval: images\nnames: [a]\n", "truth.json", "it must be a data YAML"),
+        ("train: ''\nval: ''\nnames: [a]\n", "data.yaml", "names no images; add the lines `train"),
+        ("train: images/a.jpg\nval: images\nnames: [a]\n", "data.yaml", "an image; name its folder, or a .txt list"),
+        (
+            f"train: {'y' * 5000}\nval: images\nnames: [a]\n",
+            "data.yaml",
+            "says `train: y{200}`, but there is no .{300}$",
+        ),
+        ("train: long.txt\nval: images\nnames: [a]\n", "data.yaml", None),
     ],
 )
-def test_what_people_name_instead_of_a_data_yaml(tmp_path: Path, monkeypatch, text: str, data: str, message: str):
+def test_what_people_name_instead_of_a_data_yaml(
+    tmp_path: Path, monkeypatch, text: str, data: str, message: str | None
+):
     monkeypatch.chdir(tmp_path)
+    Path("long.txt").write_text("x" * 5000 + ".jpg\n")
     for folder, name in (("images", "a.jpg"), ("labels", "a.txt")):
         Path(folder).mkdir()
         Path(folder, name).write_text("")
     Path("truth.json").write_text("{}")
     Path("data.yaml").write_text(text)
+    if message is None:
+        (file,) = find_data(data).images("train")
+        assert "File name too long" in read_image(file, "", 0, 1)
+        return
     with pytest.raises(InputError, match=message):
         find_data(data).images("train")
+
+
+def test_images_of_other_channels_than_the_yaml_says_are_named(shapes: Path, accelerator):
+    labels, names = load(shapes, "train", accelerator)
+    with pytest.raises(InputError, match=rf"{labels[0].im_file} has 3 channels, but the data YAML says channels: 4"):
+        TrainSet(labels, names, 4, TrainConfig(imgsz=64)).load_image(0)
 
 
 def test_classes_that_the_data_set_lacks(shapes: Path):

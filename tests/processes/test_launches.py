@@ -11,6 +11,7 @@ import torch
 from tests.conftest import ROOT, launch, succeed
 from train.config.errors import InputError
 from train.processes import launcher
+from train.processes.accelerator import start_processes
 from train.processes.devices import check_devices, pick_precision
 from train.processes.launcher import launch_options
 
@@ -55,11 +56,49 @@ def test_ranks_that_do_not_add_up_are_an_error(tmp_path: Path):
     # Two processes were announced, but the state was made as one before: what happens under a foreign launcher.
     done = subprocess.run(
         [sys.executable, str(SAYS_RANKS), "alone"],
-        env=os.environ | {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "ACCELERATE_USE_CPU": "true"},
+        env=os.environ | {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1",
+                         "ACCELERATE_USE_CPU": "true"},
         capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     assert done.returncode == 2
     assert "started 2 processes, but Accelerate counts 1" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "message"),
+    [
+        (["--cpus", "two"], {}, "error: CPUS is 'two'; it must be a whole number."),
+        (["--cpus", "0"], {}, "error: CPUS is 0; it must be 1 or more."),
+        (["--gpus", "1", "--cpus", "1"], {}, "error: GPUS=1 and CPUS=1 were both given; give one."),
+        (["--cpus", "2"], {"OMP_NUM_THREADS": "abc"}, "error: OMP_NUM_THREADS is 'abc'; it must be a whole number"),
+        (["--gpus", ""], {"ACCELERATE_USE_CPU": "maybe"}, "error: ACCELERATE_USE_CPU is 'maybe'; it must be true or"),
+    ],
+)
+def test_the_launcher_speaks_in_the_words_of_make(arguments, environment, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["launcher", *arguments, "--", "script.py"])
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as end:
+        launcher.main()
+    assert end.value.code == 2
+    assert capsys.readouterr().err.startswith(message)
+
+
+def test_what_a_foreign_launcher_may_ask_for(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
+    with pytest.raises(InputError, match=r"asks for fp8, .* Say --mixed-precision auto"):
+        pick_precision(None, "cpu")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
+    with pytest.raises(InputError, match=r"asks for torch.compile \(dynamo_backend: INDUCTOR\)"):
+        start_processes("no", [])
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(InputError, match="MASTER_ADDR is not set"):
+        start_processes("no", [])
+    monkeypatch.setenv("WORLD_SIZE", "many")
+    with pytest.raises(InputError, match="WORLD_SIZE is 'many'; a launcher sets it to a whole number"):
+        start_processes("no", [])
 
 
 def test_launch_options(monkeypatch):

@@ -314,6 +314,8 @@ class TrainConfig(Training, Recipe, Augmentation, Output, Resuming, Wandb, EvalC
             faults += _outside(self, 0, math.inf, "time")
         if self.rect and self.multi_scale:
             faults.append("--rect and --multi-scale contradict each other: both set the shape of a batch.")
+        if not self.name.strip():
+            faults.append("--name is empty; it must name the run's folder.")
         if "none" in self.trackers and len(self.trackers) > 1:
             faults.append(f"--trackers is {list(self.trackers)}; name trackers or `none`, not both.")
         return faults

@@ -15,12 +15,12 @@ from typing import Any
 import pydantic
 import torch  # noqa: F401  # before Ultralytics, which sets OMP_NUM_THREADS to 1 when it is imported
 import tyro
-import yaml
 from ultralytics.cfg import get_cfg
 
 from train.config.errors import InputError
 from train.config.options import FROM_FILE, C, EvalConfig
-from train.config.words import as_flag, check_flags, in_words
+from train.config.plain import mapping_of, text_of
+from train.config.words import as_flag, check_flags, in_words, unknown_words
 
 Kept = Callable[[C, frozenset[str]], dict[str, Any]]
 LARGEST = 10_000_000  # bytes of a file of options
@@ -53,6 +53,8 @@ def parse(
     arguments = sys.argv[1:] if arguments is None else arguments
     check_flags(kind, arguments)
     run, cfg = _value_of("--resume", arguments), _value_of("--cfg", arguments)
+    if empty := [flag for flag in ("--resume", "--cfg") if _values_of(flag, arguments)[:1] == [""]]:
+        raise InputError(f"{empty[0]} is empty; is a variable not set?")
     contradicting = [flag for flag in ("--model", "--cfg") if run and _value_of(flag, arguments)]
     if contradicting:
         raise InputError(f"--resume goes on with the run's own options; leave out {', '.join(contradicting)}.")
@@ -86,6 +88,8 @@ def run_folder(named: str) -> str:
     path = Path(os.path.expanduser(named))
     if path.suffix == ".pt" and path.parent.name == "weights":
         path = path.parent.parent
+    if path.name == "config.json":
+        path = path.parent
     return str(path)
 
 
@@ -112,6 +116,9 @@ def _parsed(kind: type[C], description: str, arguments: list[str], values: dict[
             typed_ = " ".join(_values_of(as_flag(name), arguments))
             value = f"is {typed_!r}" if typed_ else "has no value"
             raise InputError(f"{as_flag(name)} {value}; it must be {in_words(types[name])}.") from None
+        words = re.sub(r"[^\S ]|[\u2500-\u257f]", " ", said.getvalue())
+        if unknown := re.search(r"Unrecognized options: (.*?)  ", " ".join(words.split("\n")) + "  "):
+            raise InputError(unknown_words(kind, unknown[1].split(", "))) from None
         print(said.getvalue(), end="", file=sys.stderr)
         raise
     options = {key: value for name, _, _ in members for key, value in vars(getattr(parsed, name)).items()}
@@ -137,21 +144,16 @@ def _values_of(flag: str, arguments: list[str]) -> list[str]:
 
 def _read_file(kind: type[EvalConfig], file: str, flag: str) -> tuple[dict[str, Any], list[str]]:
     """The options of a file by name, in their types, and warnings that name those that it may not set."""
-    load: Callable[[str], Any] = json.loads if file.endswith(".json") else yaml.safe_load
-    try:
-        if Path(file).exists() and not Path(file).is_file():
-            raise InputError(f"{flag} {file} is not a file.")
-        with open(file, encoding="utf-8-sig") as opened:
-            text = opened.read(LARGEST + 1)
-        if len(text) > LARGEST:
-            raise InputError(f"{flag} {file} is larger than {LARGEST // 1_000_000} MB; it holds no options.")
-        content = load(text)
-    except InputError:
-        raise
-    except OSError as error:
-        raise InputError(f"{flag} {file} cannot be read: {error.strerror or error}.") from None
-    except (ValueError, yaml.YAMLError, RecursionError) as error:
-        raise InputError(f"{flag} {file} is not {'JSON' if file.endswith('.json') else 'YAML'}: {error}") from None
+    if os.path.exists(file) and not os.path.isfile(file):
+        raise InputError(f"{flag} {file} is not a file.")
+    text = text_of(file, f"{flag} {file}", LARGEST)
+    if file.endswith(".json"):
+        try:
+            content = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{flag} {file} is not JSON: {error}") from None
+    else:
+        content, _ = mapping_of(text, f"{flag} {file}")
     if not isinstance(content, dict):
         raise InputError(f"{flag} {file} holds no options; it must be a mapping such as `epochs: 50`.")
     theirs = "versions" not in content  # else a run's config.json

@@ -1,6 +1,8 @@
 """Options in people's words: what a type admits, and what users of Ultralytics type first."""
 
 import dataclasses
+import difflib
+import re
 import types
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -22,6 +24,7 @@ OTHERS = {
     "save": "best.pt and last.pt are always kept", "conf_thres": "--conf", "iou_thres": "--iou",
 }  # fmt: skip
 JOINERS = "\u200c\u200d"  # within words of some scripts and within emoji
+DASHES = "\u2013\u2014\u2212"
 SWAPPED = {"weights": "--model", "model": "--weights"}  # of train/detect.py and train/validate.py
 
 
@@ -63,8 +66,28 @@ def check_flags(kind: type, arguments: list[str]) -> None:
         written = " ".join(f"{as_flag(pair.partition('=')[0])} {pair.partition('=')[2]}" for pair in pairs)
         raise InputError(f"{' '.join(pairs)}: options are written {written}.")
     for argument in arguments:
+        if re.match(f"[{DASHES}]-?[a-z]", argument):  # as word processors and chats make of --
+            raise InputError(f"{argument}: options begin with two hyphens, --{argument.lstrip(DASHES + '-')}.")
         name = argument.partition("=")[0].removeprefix("--").replace("-", "_")
         if not argument.startswith("--") or name in known or name.removeprefix("no_") in known:
             continue
         if (other := OTHERS.get(name) or SWAPPED.get(name)) is not None:
             raise InputError(f"There is no {argument.partition('=')[0]} here; instead: {other}.")
+
+
+def unknown_words(kind: type, unknown: list[str]) -> str:
+    """What to say of words on the command line that belong to no option."""
+    known = [as_flag(field.name) for field in dataclasses.fields(kind)]
+    said = []
+    for word in unknown:
+        name, equals, value = word.partition("=")
+        if equals and as_flag(name) in known:
+            said.append(f"{word}: options are written {as_flag(name)} {value}.")
+        elif word.startswith("-"):
+            near = difflib.get_close_matches(name.replace("_", "-"), known, 1)
+            said.append(
+                f"There is no {name} here; " + (f"is {near[0]} meant?" if near else "--help lists the options.")
+            )
+        else:
+            said.append(f"{word!r} belongs to no option; --help says how many values each takes.")
+    return "\n".join(said)

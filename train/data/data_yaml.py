@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from train.config.errors import InputError
+from train.config.plain import keys_of, mapping_of, text_of
 from train.data.formats import check_regular
 
 LARGEST, CLASSES, LONGEST = 20_000_000, 100_000, 200  # bytes of a data YAML, class names in it, characters of one
@@ -30,15 +31,13 @@ def read_data_yaml(file: Path) -> DataYaml:
     Raises:
         InputError: it is none; the message says what and where.
     """
-    text = _text(file)
     try:
-        content, root = yaml.safe_load(text), yaml.compose(text, Loader=yaml.SafeLoader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise InputError(f"{file} is not YAML that can be read: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict) or not isinstance(root, yaml.MappingNode):
-        content, nodes = {}, {}
-    else:
-        nodes = _keys(root, file)
+        check_regular(str(file))
+    except OSError as error:
+        raise InputError(f"{file} cannot be read: {error.strerror or error}") from None
+    content, nodes = mapping_of(text_of(str(file), str(file), LARGEST), str(file))
+    if not isinstance(content, dict):
+        content = {}
     if "backbone" in content and "head" in content:
         raise InputError(f"{file} is the YAML of a model; that is --model.")
     for key in ("nc", "channels"):
@@ -67,36 +66,8 @@ def read_data_yaml(file: Path) -> DataYaml:
     return DataYaml(path, splits, names, content.get("channels") or 3)
 
 
-def _text(file: Path) -> str:
-    try:
-        check_regular(str(file))
-        with open(file, "rb") as opened:
-            data = opened.read(LARGEST + 1)
-    except OSError as error:
-        raise InputError(f"{file} cannot be read: {error.strerror or error}") from None
-    if len(data) > LARGEST:
-        raise InputError(f"{file} is larger than {LARGEST // 1_000_000} MB, which no data YAML is.")
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        kind = "UTF-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else f"not UTF-8 (byte {error.start})"
-        raise InputError(f"{file} is not YAML that can be read: it is {kind}. Save it as UTF-8.") from None
-
-
 def _is_list_of_text(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(entry, str) for entry in value)
-
-
-def _keys(mapping: yaml.MappingNode, file: Path) -> dict[str, yaml.Node]:
-    """A mapping's values by key; a key that stands twice is an error, since YAML takes the last one silently."""
-    found: dict[str, yaml.Node] = {}
-    lines: dict[str, int] = {}
-    for key, value in mapping.value:
-        name, line = str(key.value), key.start_mark.line + 1
-        if name in found:
-            raise InputError(f"{file} says `{name[:LONGEST]}` twice, in line {lines[name]} and in line {line}.")
-        found[name], lines[name] = value, line
-    return found
+    return isinstance(value, list) and all(isinstance(entry, str) and entry.strip() for entry in value)
 
 
 def _names(node: yaml.Node, file: Path) -> dict[int, str]:
@@ -108,7 +79,7 @@ def _names(node: yaml.Node, file: Path) -> dict[int, str]:
     if isinstance(node, yaml.SequenceNode):
         given: list[tuple[str, yaml.Node]] = [(str(index), value) for index, value in enumerate(node.value)]
     else:
-        given = list(_keys(node, file).items())
+        given = list(keys_of(node, str(file)).items())
     names: dict[int, str] = {}
     seen: dict[str, int] = {}
     for key, value in given:
@@ -140,7 +111,7 @@ def checked_name(name: str, source: str) -> str:
     ]
     if bad:
         raise InputError(f"{source} is {name[:60]!r}, which holds {bad[0]!r}; a name is one line of printable text.")
-    if not name.strip():
+    if not any(c.isprintable() and not c.isspace() for c in name):
         raise InputError(f"{source} is empty; write a name, in quotes if need be.")
     if len(name) > LONGEST:
         raise InputError(f"{source} has {len(name)} characters; {LONGEST} is the most.")

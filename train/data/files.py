@@ -42,6 +42,8 @@ class DataFiles:
             if os.path.isdir(path):  # unlike pathlib's, these take any string
                 files += _files_below(str(path))
             elif os.path.isfile(path):
+                if path.suffix[1:].lower() in IMG_FORMATS:
+                    raise InputError(f"{self.name} says `{split}: {entry}`, an image; name its folder, or a .txt list.")
                 try:
                     lines = path.read_text(encoding="utf-8-sig", errors="surrogateescape").split("\n")
                 except OSError as error:
@@ -51,12 +53,12 @@ class DataFiles:
                 files += (_listed(line.strip(), path.parent, self.root) for line in lines if line.strip())
             else:
                 hint = " Paths are written with / on this system." if "\\" in entry else ""
-                raise InputError(f"{self.name} says `{split}: {entry}`, but there is no {path}.{hint}")
+                raise InputError(f"{self.name} says `{split}: {entry[:200]}`, but there is no {str(path)[:300]}.{hint}")
         others, files = files, [file for file in files if file.rpartition(".")[2].lower() in IMG_FORMATS]
         files = sorted(files if repeats else set(files))
         if not files:
             places = ", ".join(str(self.root / e) for e in _as_list(entries))
-            there = f" There are {len(others)} other files, first {others[0]}." if others else ""
+            there = f" There are {len(others)} other files, first {others[0][:200]}." if others else ""
             raise InputError(f"{self.name}: no images in {places} ({', '.join(sorted(IMG_FORMATS))}).{there}")
         return files[: max(1, round(fraction * len(files)))] if fraction <= 1 else files[: round(fraction)]
 
@@ -93,7 +95,7 @@ def _listed(line: str, beside: Path, root: Path) -> str:
     """A line of a .txt list: `./` is the list's folder; else absolute, from the working directory or from the root."""
     if line.startswith("./"):
         return str(beside / line[2:])
-    if os.path.isabs(line) or os.path.exists(line) or not (root / line).exists():
+    if os.path.isabs(line) or os.path.exists(line) or not os.path.exists(root / line):
         return line
     return str(root / line)
 
@@ -131,6 +133,8 @@ def find_data(data: str, single_cls: bool = False, classes: tuple[int, ...] | No
     if path.suffix not in (".yaml", ".yml"):
         raise InputError(f"--data is {data!r}; it must be a data YAML, which lists train, val and names.")
     given = read_data_yaml(path)
+    if not given.splits:
+        raise InputError(f"{path} names no images; add the lines `train: folder-or-list.txt` and `val: …`.")
     if lacking := [index for index in classes or () if index not in given.names]:
         raise InputError(f"--classes names {lacking[0]}, but {path} has the classes 0 to {len(given.names) - 1}.")
     root = _root(path, given.path, given.splits)

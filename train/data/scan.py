@@ -19,6 +19,7 @@ from train.config.options import EvalConfig
 from train.config.words import printable
 from train.data.formats import Labels, read_image
 
+LONGEST = 1000  # characters of what is said of one file
 Counted = Callable[[Iterable[Any], int], Iterable[Any]]
 
 
@@ -66,7 +67,7 @@ def scan(
         entry for _, entry in sorted((pair for part in gather_object([mine]) for pair in part), key=lambda p: p[0])
     ]
     usable = [_chosen(entry, config) for entry in found if isinstance(entry, Labels)]
-    return usable, [printable(entry) for entry in found if isinstance(entry, str)]
+    return usable, [printable(entry)[:LONGEST] for entry in found if isinstance(entry, str)]
 
 
 def subset(images: int, fraction: float, limit: int | None) -> Sequence[int]:

@@ -51,7 +51,13 @@ class Images(YOLODataset):
         """
         for pause in (*PAUSES, None):
             try:
-                return super().load_image(i, *args, **kwargs)
+                loaded = super().load_image(i, *args, **kwargs)
+                if loaded[0].shape[2] != self.channels:
+                    raise InputError(
+                        f"{self.im_files[i]} has {loaded[0].shape[2]} channels, but the data YAML says channels: "
+                        f"{self.channels}."
+                    )
+                return loaded
             except FileNotFoundError:  # what Ultralytics makes of any image that cannot be read
                 if pause is None:
                     raise InputError(

@@ -2,6 +2,7 @@
 
 import json
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,7 @@ def _reason(error: BaseException, where: str) -> str:
         return "it is not UTF-8"
     if isinstance(error, json.JSONDecodeError):
         return f"it is no JSON: {error}"
-    return "a value in it is not of the kind that COCO has there"
+    return f"{where} is not what COCO has there"
 
 
 def _span(ids: list[int]) -> str:
@@ -87,12 +88,21 @@ def read_annotations(file: str) -> dict[str, Any]:
     Raises:
         InputError: it is not one.
     """
+    place = "it"
+
+    def each(kind: str) -> Iterator[dict[str, Any]]:
+        nonlocal place
+        for number, entry in enumerate(content[kind], 1):
+            place = f"entry {number} of `{kind}`"
+            yield entry
+        place = "it"
+
     try:
         content = _json(file)
         truth = {
             "images": [
                 {"id": int(i["id"]), "file_name": str(i["file_name"]), "width": i["width"], "height": i["height"]}
-                for i in content["images"]
+                for i in each("images")
             ],
             "annotations": [
                 {
@@ -103,12 +113,12 @@ def read_annotations(file: str) -> dict[str, Any]:
                     "area": float(a.get("area", a["bbox"][2] * a["bbox"][3])),
                     "iscrowd": int(a.get("iscrowd", 0)),
                 }
-                for number, a in enumerate(content["annotations"], 1)
+                for number, a in enumerate(each("annotations"), 1)
             ],
-            "categories": [{"id": int(c["id"]), "name": str(c["name"])} for c in content["categories"]],
+            "categories": [{"id": int(c["id"]), "name": str(c["name"])} for c in each("categories")],
         }
     except UNREADABLE as error:
-        reason = _reason(error, "it")
+        reason = _reason(error, place)
         raise InputError(f"--annotations {file} is not a COCO annotation file that can be read: {reason}") from None
     names: dict[str, int] = {}
     for category in truth["categories"]:
@@ -178,7 +188,7 @@ def read_predictions(file: str, truth: dict[str, Any]) -> np.ndarray:
     try:
         content = _json(file)
         if not isinstance(content, list):
-            raise TypeError("it is no list")
+            raise KeyError("image_id")
         rows = np.array([[d["image_id"], *d["bbox"], d["score"], d["category_id"]] for d in content], dtype=np.float64)
         rows = rows.reshape(len(content), 7)
     except UNREADABLE as error:

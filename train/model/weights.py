@@ -39,6 +39,8 @@ def fetch_weights(model: str, flag: str = "--model") -> str:
     Call it on one process. Raises InputError where the file is not there and cannot be had.
     """
     path = Path(model)
+    if not model:
+        raise InputError(f"{flag} is empty; is a variable not set?")
     if path.is_dir():
         if flag == "--weights" and (best := best_of_run(model)) != model:
             return best
@@ -49,7 +51,8 @@ def fetch_weights(model: str, flag: str = "--model") -> str:
             return str(path)
         official = check_yolov5u_filename(path.name, verbose=False)  # yolov5n.pt is yolov5nu.pt here
         if path.exists() or str(path) != path.name or official not in GITHUB_ASSETS_NAMES:
-            raise InputError(f"There is no checkpoint {path} (looked in {path.absolute().parent}).")
+            hint = f" Did you mean {path.name.lower()}?" if path.name.lower() in GITHUB_ASSETS_NAMES else ""
+            raise InputError(f"There is no checkpoint {path} (looked in {path.absolute().parent}).{hint}")
         try:
             return attempt_download_asset(official)
         except (OSError, RuntimeError) as error:
@@ -66,7 +69,9 @@ def fetch_weights(model: str, flag: str = "--model") -> str:
     kinds = (
         "an Ultralytics model .yaml or a .pt checkpoint" if flag == "--model" else "a .pt checkpoint or a run's folder"
     )
-    hint = f" Did you mean {path.name}.yaml or {path.name}.pt?" if not path.suffix and _is_official(path.name) else ""
+    hint = (
+        f" Did you mean {path.name}.yaml or {path.name}.pt?" if "." not in path.name and _is_official(path.name) else ""
+    )
     raise InputError(f"{flag} is {model!r}; it must be {kinds}.{hint}")
 
 

@@ -50,6 +50,11 @@ def start_processes(wanted_precision: Precision | None, trackers: list[str], see
             f"The launcher asks for torch.compile (dynamo_backend: {compiler}), which would compile for minutes at "
             "each size of a batch. Take it out of Accelerate's default_config.yaml, or name another with --config_file."
         )
+    if launched("WORLD_SIZE", 1) > 1 and not os.environ.get("MASTER_ADDR"):
+        raise InputError(
+            "WORLD_SIZE says that a launcher has started several processes, but MASTER_ADDR is not set. Start the "
+            "script with `accelerate launch` or `torchrun`, or unset WORLD_SIZE."
+        )
     device = device_type()
     check_devices(local_processes(), device)
     precision, reason = pick_precision(wanted_precision, device)

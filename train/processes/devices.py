@@ -12,10 +12,15 @@ import torch
 from train.config.errors import InputError
 from train.config.options import Precision
 
+YES, NO = ("1", "true", "yes", "on", "t", "y"), ("0", "false", "no", "off", "f", "n", "")  # as Accelerate has it
+
 
 def launched(variable: str, default: int) -> int:
     """A number that torchrun or accelerate launch tell each process they start: WORLD_SIZE, RANK, LOCAL_RANK, …"""
-    return int(os.environ.get(variable, default))
+    value = os.environ.get(variable, str(default))
+    if not value.isdecimal():
+        raise InputError(f"{variable} is {value!r}; a launcher sets it to a whole number. Unset it, or use a launcher.")
+    return int(value)
 
 
 def local_processes() -> int:
@@ -25,8 +30,10 @@ def local_processes() -> int:
 
 def device_type() -> str:
     """`cuda`, `mps`, `cpu`, …: the kind of device this run uses; ACCELERATE_USE_CPU=true asks for the CPU."""
-    wants_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true", "yes", "on")
-    if wants_cpu or not torch.accelerator.is_available():
+    value = os.environ.get("ACCELERATE_USE_CPU", "false").lower()
+    if value not in (*YES, *NO):
+        raise InputError(f"ACCELERATE_USE_CPU is {value!r}; it must be true or false.")
+    if value in YES or not torch.accelerator.is_available():
         return "cpu"
     return torch.accelerator.current_accelerator().type  # type: ignore[union-attr]
 

@@ -60,7 +60,10 @@ def new_folder(project: Path, name: str, exactly: str = "") -> Path:
             folder.mkdir(exist_ok=True)
         return folder.resolve()
     except OSError as error:
-        raise InputError(f"The folder {folder} cannot be made: {error.strerror or error}.") from None
+        mend = "--save-dir" if exactly else "--project or --name"
+        raise InputError(
+            f"The folder {folder} cannot be made: {error.strerror or error}. Name another with {mend}."
+        ) from None
 
 
 def _made(folder: Path) -> bool:

@@ -34,7 +34,7 @@ def run(main: Callable[[C], None], kind: type[C], description: str, kept: Kept |
     try:
         with said_once():
             config, warnings = parse(kind, description, kept=kept)
-            print("\n".join(warnings), end="\n" * bool(warnings), file=sys.stderr)
+            print("\n".join(map(printable, warnings)), end="\n" * bool(warnings), file=sys.stderr)
         main(config)
     except (InputError, FloatingPointError) as error:
         message = printable(_own_words(error), newlines=True)
@@ -93,7 +93,7 @@ def _say_first(text: str) -> None:
     if torch.distributed.is_initialized():
         if not is_first("failed"):
             return
-    elif launched("LOCAL_RANK", 0) != 0:
+    elif os.environ.get("LOCAL_RANK", "0") != "0":
         return
     with contextlib.suppress(OSError):  # nobody reads it
         print(text, file=sys.stderr, flush=True)

@@ -75,9 +75,10 @@ class TrainState:
                 torch.save(state, draft)
         except (OSError, RuntimeError) as error:  # RuntimeError: how torch's writer says that the disk is full
             free = shutil.disk_usage(folder).free / 1e9
+            reason = getattr(error, "strerror", None) or "the disk is full, or a limit is reached"
             raise InputError(
                 f"The checkpoint of epoch {self.epoch + 1} could not be written to {folder}, where {free:.2f} GB are "
-                f"free ({str(error).splitlines()[0]}). Free some space, or name another disk with --project."
+                f"free ({reason}). Free some space, or name another disk with --project."
             ) from None
 
     def load(self, saved: dict[str, Any]) -> None:
@@ -111,9 +112,7 @@ def read_state(config: TrainConfig) -> dict[str, Any]:
         )
     try:
         saved = torch.load(weights / "state.pt", map_location="cpu", weights_only=True)
-        lacking = [name for name in (*PLAIN, "model", "ema", "updates", "optimizer", "scaler") if name not in saved]
-        if lacking:
-            raise ValueError(f"it lacks {lacking[0]}")
+        {name: saved[name] for name in (*PLAIN, "model", "ema", "updates", "optimizer", "scaler")}
     except Exception as error:  # a damaged file fails in as many ways as there are bytes
         raise InputError(
             f"--resume {run}: {weights / 'state.pt'} is damaged ({type(error).__name__}). Start a new run from the "
