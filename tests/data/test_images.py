@@ -165,7 +165,7 @@ def test_an_image_that_breaks_later_is_tried_again_and_then_named(shapes: Path, 
         (
             f"train: {'y' * 5000}\nval: images\nnames: [a]\n",
             "data.yaml",
-            "says `train: y{200}`, but there is no .{300}$",
+            "says `train: y{200}`, but there is no .{300}[.]$",
         ),
         ("train: long.txt\nval: images\nnames: [a]\n", "data.yaml", None),
     ],
