@@ -52,6 +52,18 @@ def test_an_import_against_the_arrows_is_found(tmp_path: Path, file: str, line: 
     assert broken in " ".join(done.stdout.split())
 
 
+def test_help_imports_nothing_that_takes_long():
+    """It answers in two seconds: torch takes one of them; torchvision, matplotlib and W&B would take two more."""
+    code = (
+        "import runpy, sys\nsys.argv = ['train/detect.py', '--help']\n"
+        "try:\n    runpy.run_path(sys.argv[0], run_name='__main__')\nexcept SystemExit:\n"
+        "    print(sorted({'torchvision', 'matplotlib', 'wandb', 'torch._dynamo', 'pandas'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stdout.splitlines()[-1] == "[]", done.stderr
+    assert "Train a YOLO detector" in done.stdout
+
+
 def test_the_arrows_run_one_way():
     done = lint(ROOT)
     assert "2 kept, 0 broken" in done.stdout

@@ -48,6 +48,7 @@ def test_the_same_lines_for_1_2_and_4_processes(runs):
 def test_pipes_get_whole_lines_and_nothing_else(runs):
     for _, console in runs.values():
         assert "\r" not in console
+        assert "could not be written" not in console
         assert "\x1b" not in console
 
 
@@ -93,7 +94,7 @@ def test_progress_off_and_levels(shapes: Path, tmp_path: Path):
 
 
 # A terminal -----------------------------------------------------------------------------------------------------------
-def on_a_terminal(options: list[object], cwd: Path, **environment: str) -> str:
+def on_a_terminal(options: list[object], cwd: Path, script: Path = DETECT, **environment: str) -> str:
     """Everything that the script writes to a pseudo-terminal of 120 columns."""
     main, secondary = pty.openpty()
     import fcntl
@@ -104,7 +105,7 @@ def on_a_terminal(options: list[object], cwd: Path, **environment: str) -> str:
     base = {key: value for key, value in os.environ.items() if key not in ("NO_COLOR", "FORCE_COLOR", *NO_TERMINAL)}
     base |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "TERM": "xterm", **environment}
     process = subprocess.Popen(
-        [sys.executable, str(DETECT), *map(str, options)], cwd=cwd, env=base,
+        [sys.executable, str(script), *map(str, options)], cwd=cwd, env=base,
         stdin=secondary, stdout=secondary, stderr=secondary,
     )  # fmt: skip
     os.close(secondary)
@@ -138,6 +139,19 @@ def test_a_terminal_gets_one_live_bar_and_finished_lines_above(shapes: Path, tmp
     assert "\r" not in log
     assert "\x1b" not in log
     assert "epoch 1/2  step 3/5" in log
+
+
+def test_a_bar_follows_the_terminals_width_and_leaves_nothing_behind(tmp_path: Path):
+    said = on_a_terminal([], tmp_path, ROOT / "tests" / "workers" / "resized.py", PYTHONPATH=str(ROOT))
+    drawn = {w: re.split(rf"<{w}>", said)[1].split("<")[0] if w != 120 else "" for w in (120, 60, 45)}
+    for columns, before in ((60, 120), (45, 60)):
+        first, *bars = drawn[columns].split("\x1b[J")
+        assert first == f"\x1b[{-(-before // columns) - 1}A\r"  # the old line has been broken into so many rows
+        bars = [bar for bar in "".join(bars).split("\r") if bar.strip()]
+        assert all(len(bar) <= columns for bar in bars), bars
+        assert len(bars[-1].rstrip()) > columns - 20
+    assert "box 1.234 cls 5.012 dfl 1.234" in drawn[60].split("\r")[-1]
+    assert re.search(r"\r +\r<end>$", said)
 
 
 def test_a_bar_for_what_is_counted_and_nothing_elsewhere(capsys):

@@ -66,7 +66,7 @@ class Report:
                 self.warned.add(what)
                 reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
                 self.say(f"warning: {what} could not be written ({reason}); the run goes on")
-                self.console.logger.debug("the traceback", exc_info=True)
+                self.console.logger.info("the traceback", exc_info=not isinstance(error, OSError))
 
     def faults(self, faults: list[str]) -> None:
         """Say how many images are left out, and list them with the reasons in the run's folder."""
