@@ -43,6 +43,15 @@ def test_a_data_set_that_is_not_there_names_the_folders(tmp_path: Path, monkeypa
         find_data("data.yaml")
 
 
+def test_a_user_without_a_home_folder(shapes: Path, monkeypatch):
+    def nowhere() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CONFIG_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", nowhere)
+    assert len(find_data(str(shapes)).images("val")) == 21
+
+
 def test_nothing_in_a_yaml_is_executed(shapes: Path, tmp_path: Path):
     (tmp_path / "data.yaml").write_text(
         f"path: {shapes.parent}\ntrain: images/train\nval: images/val\nnames: [a, b, c]\n"

@@ -205,6 +205,21 @@ def test_a_key_but_no_network_is_one_warning_within_a_second(shapes: Path, tmp_p
     for file in folder.rglob("*"):
         said += file.read_bytes().decode(errors="replace") if file.is_file() else ""
     assert KEY not in said
+    home = {
+        str(path.relative_to(tmp_path))
+        for place in (".local", ".cache", ".config")
+        for path in (tmp_path / place).rglob("*")
+    }
+    assert not [path for path in home if "wandb" in path]
+
+
+def test_a_home_that_cannot_be_written_is_not_missed(shapes: Path, tmp_path: Path):
+    """As in a container under a user of its own: W&B goes on, in the run's folder, and says nothing of its own."""
+    done, folder = without_network(shapes, tmp_path, HOME="/dev/null")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "warning" not in done.stdout
+    (run,) = (folder / "wandb").glob("offline-run-*")
+    assert [row["epoch"] for row in read(run)["history"]][-1] == 1
 
 
 def test_a_refused_run_is_kept_offline(shapes: Path, tmp_path: Path):
