@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
@@ -13,10 +14,13 @@ import pytest
 import torch
 
 from tests.conftest import DETECT, ROOT, TINY, VALIDATE
+from train.config.errors import InputError
 from train.config.options import TrainConfig
 from train.model.build import build_model
-from train.model.weights import as_checkpoint
+from train.model.weights import as_checkpoint, load_detector
+from train.reporting import wandb_start
 from train.reporting.repository import git_state
+from train.training.state import read_state
 
 NAMES = {0: "circle", 1: "square", 2: "triangle"}
 
@@ -169,28 +173,109 @@ def test_git_runs_nothing_that_a_repository_names(tmp_path: Path, monkeypatch):
     here.mkdir()
     git(here, "init", "-q")
     (here / "a.txt").write_text("a\n")
-    (here / ".gitattributes").write_text("*.txt filter=one\n*.md filter=tw=o\n")
+    (here / ".gitattributes").write_text("*.txt filter=one\n")
     git(here, "add", ".")
     git(here, "commit", "-qm", "a")
     monkeypatch.chdir(here)
     commit = git_state()
     assert len(commit) == 40
     (here / "a.txt").write_text("b\n")
-    assert git_state() == f"{commit}-dirty"
-    for key in ("core.fsmonitor", "filter.one.clean", "filter.one.process", "core.pager", "core.editor"):
+    for key in (
+        "core.fsmonitor",
+        "filter.one.clean",
+        "filter.one.process",
+        "core.pager",
+        "core.editor",
+        "core.sshCommand",
+    ):
         git(here, "config", key, str(evil))
-    git(here, "config", "core.hooksPath", str(tmp_path / "hooks"))
-    (tmp_path / "hooks").mkdir()
-    for hook in ("post-index-change", "fsmonitor-watchman", "pre-commit"):
-        (tmp_path / "hooks" / hook).write_text(evil.read_text())
-        (tmp_path / "hooks" / hook).chmod(0o755)
+    with open(here / ".git" / "config", "ab") as config:  # names that no list of overrides would name as they are
+        config.write(b'[filter "x\xff"]\n\tclean = %s\n[filter "a=b"]\n\tclean = %s\n' % (2 * (bytes(evil),)))
+    for key, value in {
+        "extensions.partialClone": "origin", "remote.origin.promisor": "true", "protocol.ext.allow": "always",
+        "remote.origin.url": f"ext::{evil} %S", "core.repositoryFormatVersion": "1",
+        "core.hooksPath": str(tmp_path / "h"),
+    }.items():  # fmt: skip
+        git(here, "config", key, value)
+    (tmp_path / "h").mkdir()
+    for hook in ("post-index-change", "fsmonitor-watchman"):
+        (tmp_path / "h" / hook).write_text(evil.read_text())
+        (tmp_path / "h" / hook).chmod(0o755)
+    marker.unlink(missing_ok=True)
     os.utime(here / "a.txt", (1, 1))
-    assert git_state() == f"{commit}-dirty"
-    assert not marker.exists()
-    git(here, "config", "filter.tw=o.clean", str(evil))  # a name that cannot be overridden
     assert git_state() == commit
     assert not marker.exists()
-    subprocess.run(["git", "status"], capture_output=True, check=False)  # which would have
+    tree = subprocess.run(["git", "rev-parse", "HEAD^{tree}"], capture_output=True, text=True).stdout.strip()
+    (here / ".git" / "objects" / tree[:2] / tree[2:]).unlink()  # which git would fetch
+    marker.unlink(missing_ok=True)
+    assert git_state() == commit
+    assert not marker.exists()
+    subprocess.run(["git", "status"], capture_output=True, check=False)  # which does run them
     assert marker.exists()
     monkeypatch.chdir(tmp_path)
     assert git_state() == ""
+
+
+class Constructed:
+    """A pickle that calls a class of the list of allowed ones."""
+
+    def __init__(self, kind: type, *arguments: Any):
+        self.kind, self.arguments = kind, arguments
+
+    def __reduce__(self) -> Any:
+        return self.kind, self.arguments
+
+
+def test_a_checkpoint_constructs_no_module(tmp_path: Path, monkeypatch):
+    """Ultralytics' list admits its modules, and a pickle may call them: TorchVision's constructor downloads."""
+    from torch import hub
+    from ultralytics.nn.modules import TorchVision
+    from ultralytics.nn.tasks import DetectionModel, yaml_model_load
+
+    asked: list[str] = []
+    monkeypatch.setattr(hub, "load_state_dict_from_url", lambda url, *_, **__: asked.append(url))
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", lambda url, *_, **__: asked.append(url))
+    description = yaml_model_load(str(TINY))
+    description["backbone"][0] = [-1, 1, "TorchVision", [16, "resnet18", "DEFAULT"]]
+    for i, made in enumerate((
+        Constructed(TorchVision, "resnet18", "DEFAULT"), Constructed(DetectionModel, description, 3, 2, False)
+    )):  # fmt: skip
+        for old in (False, True):
+            file = tmp_path / f"{i}{old}.pt"
+            torch.save({"model": made}, file, _use_new_zipfile_serialization=not old)
+            with pytest.raises(InputError, match="is not a checkpoint that can be loaded"):
+                load_detector(str(file))
+    assert not asked
+    model, _ = build_model(TrainConfig(), str(TINY), NAMES, 3)  # modules are constructed again
+    folder = tmp_path / "it's"  # Ultralytics takes the apostrophe away, and looks on the network
+    folder.mkdir()
+    torch.save(as_checkpoint(model, {}, 0, {}), folder / "best.pt")
+    assert load_detector(str(folder / "best.pt"))[0].names == NAMES
+    assert not (tmp_path / "its").exists()
+
+
+def test_a_run_folder_whose_files_lead_elsewhere_is_refused(runs, tmp_path: Path):
+    victim = tmp_path / "victim"
+    for name in ("logs/rank0.log", "results.csv", "results.png", "weights/best.pt", "weights", "logs"):
+        run = tmp_path / name.replace("/", "-")
+        shutil.copytree(runs[1][0], run)
+        target = run / name
+        if target.is_dir():
+            shutil.move(target, victim / name)
+        else:
+            target.unlink(missing_ok=True)
+        target.symlink_to(victim / name)
+        (victim / "weights").mkdir(parents=True, exist_ok=True)
+        with pytest.raises(InputError, match=f"{name} is a link to "):
+            read_state(TrainConfig(resume=str(run), epochs=3))
+
+
+def test_wandb_asks_no_stranger_which_server_to_send_the_key_to(tmp_path: Path, monkeypatch):
+    (tmp_path / "wandb").mkdir()
+    (tmp_path / "wandb" / "settings").write_text("[default]\nbase_url = https://evil.example\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "mine"))
+    assert wandb_start.own_server() == "https://api.wandb.ai"
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "settings").write_text("[default]\nbase_url = https://wandb.firm.example\n")
+    assert wandb_start.own_server() == "https://wandb.firm.example"

@@ -18,7 +18,7 @@ from train.model.weights import as_checkpoint
 from train.validate import validated_with
 
 # Options that run code, or name a place that is written over or appended to, or one that such a place is read from
-DANGEROUS = {"trust_checkpoint", "log_file", "resume", "save_dir", "predictions"}
+DANGEROUS = {"trust_checkpoint", "log_file", "resume", "save_dir", "predictions", "wandb_entity"}
 
 
 def test_every_option_is_on_a_list_or_dangerous():

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from train.config.errors import InputError
-from train.data.data_yaml import CLASSES, checked_name, read_data_yaml
+from train.config.plain import checked_name
+from train.data.data_yaml import CLASSES, read_data_yaml
 
 SPLITS = "train: a\nval: a\n"
 
@@ -46,14 +47,14 @@ def test_class_names_are_what_is_written(tmp_path: Path):
         ('names: ["a\\u2028b"]', r"which holds '\\u2028'"),
         ('names: ["", b]', "class 0 in `names` is empty"),
         ('names: ["\\u200b", b]', "class 0 in `names` is empty"),
-        ("names: [a]\ntest: ['']", r"`test` is \[''\]; it must be a folder"),
+        ("names: [a]\ntest: ['']", "`test` is a list of 1; it must be a folder"),
         ("names: !!set {a, b}", "has the key 'a'"),
         ("names: {0x0: a}", "has the key '0x0'"),
         ("nc: 80.0", "says nc: 80.0; it must be a whole number"),
         ("names: [a]\npath: 2024-01-01", "says path: 2024-01-01; it must be a folder"),
         (f"names: [{'x' * 201}]", "has 201 characters; 200 is the most"),
         ("nc: 2", None),
-        ("nc: two", "says nc: two; it must be a whole number"),
+        ("nc: two", "says nc: 'two'; it must be a whole number"),
         ("nc: true", "says nc: True; it must be a whole number"),
         ("nc: 0", "says nc: 0"),
         (f"nc: {CLASSES + 1}", "says nc"),
@@ -99,6 +100,9 @@ def test_an_alias_bomb_is_refused_before_it_is_expanded(tmp_path: Path):
     started = time.monotonic()
     with pytest.raises(InputError, match="class 0 in `names` is a list or mapping"):
         read(tmp_path, f"{SPLITS}a0: &a0 [x]\n{levels}names: [*a9]\n")
+    for key in ("train", "nc", "path"):
+        with pytest.raises(InputError, match=f"{key}.* a list of 9; it must be"):
+            read(tmp_path, f"a0: &a0 [x]\n{levels}{key}: *a9\nnames: [a]\n")
     assert time.monotonic() - started < 2  # seconds; it took 36
 
 

@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 import pytest
 from PIL import Image
+from ultralytics.utils.patches import imread
 
 from tests.data.conftest import load
 from train.config.errors import InputError
@@ -46,6 +47,12 @@ def hollow_jpeg() -> bytes:
     return encoded("JPEG")[:20] + bytes(500) + b"\xff\xd9"
 
 
+def damaged(progressive: bool) -> bytes:
+    """Half a JPEG and behind it the whole."""
+    data = encoded("JPEG", np.tile(PICTURE, (4, 4, 1)), progressive=progressive)
+    return data[: len(data) // 2] + data
+
+
 # What passes PIL's check of the header and ends a training when the order comes to it
 REFUSED = {
     "cut.bmp": lambda: encoded("BMP")[:-4000],
@@ -61,6 +68,7 @@ REFUSED = {
     "headless.jpg": lambda: b"\xff\xd8\xff\xd9",
     "cut.jpg": lambda: encoded("JPEG")[:-300],
     "cut.webp": lambda: encoded("WEBP")[:-200],
+    "glued.jpg": lambda: damaged(progressive=True),
     "html.jpg": lambda: b"<!doctype html>" * 20,
     "lfs.jpg": lambda: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n",
     "empty.jpg": lambda: b"",
@@ -117,6 +125,32 @@ def test_pipes_devices_and_links_in_circles_neither_hang_nor_multiply(tmp_path: 
         assert "it is no regular file" in said[name]
     assert "No such file" in said["gone.jpg"]
     assert "labels/a.txt: cannot be read (it is no regular file)" in said["a.jpg"]
+
+
+def test_damaged_jpegs_are_refused_by_the_scan_and_by_the_loader_alike(tmp_path: Path, capfd):
+    rng = np.random.default_rng(0)
+    file, refused = tmp_path / "a.jpg", 0
+    for i in range(400):
+        data = bytearray(encoded("JPEG", PICTURE, progressive=i % 2 == 0))
+        data[rng.integers(2, 600)] = rng.integers(256)
+        file.write_bytes(data)
+        try:
+            loaded = imread(str(file)) is not None
+        except Exception:
+            loaded = False
+        scanned = isinstance(read_image(str(file), "", 0, 1), Labels)
+        assert loaded or not scanned, i
+        refused += not scanned
+    assert 20 < refused < 380
+
+
+def test_links_to_folders_do_not_hide_labels(tmp_path: Path):
+    for folder in ("images/train", "labels/train"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "images" / "train" / "a.jpg").write_bytes(b"")
+    (tmp_path / "images" / "all").symlink_to("train")
+    (tmp_path / "data.yaml").write_text("train: images\nval: images\nnames: [a]\n")
+    assert find_data(str(tmp_path / "data.yaml")).images("train") == [str(tmp_path / "images" / "train" / "a.jpg")]
 
 
 def test_an_endless_label_file_is_listed(tmp_path: Path, monkeypatch):

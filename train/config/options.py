@@ -270,8 +270,6 @@ class Wandb:
 
     wandb_project: str = ""
     """Project; unset takes WANDB_PROJECT, else yolo-accelerate."""
-    wandb_entity: str = ""
-    """User or team."""
     wandb_name: str = ""
     """Name of the run; unset takes WANDB_NAME, else the name of the run's folder."""
     wandb_tags: tuple[str, ...] = ()
@@ -284,10 +282,12 @@ class Wandb:
 
 @dataclass(frozen=True, kw_only=True)
 class Resuming:
-    """Going on with a run. Counts from the command line alone."""
+    """Going on with a run, and whose W&B it goes to. These count from the command line alone."""
 
     resume: str = ""
     """Folder of a run to go on with, after its last finished epoch and with its options, in the same folder."""
+    wandb_entity: str = ""
+    """User or team on W&B; unset takes WANDB_ENTITY, else your own."""
 
 
 @dataclass(frozen=True, kw_only=True)

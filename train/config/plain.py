@@ -1,10 +1,14 @@
 """Text files that people write, read with bounds and in words: their bytes, their keys."""
 
+import contextlib
+import unicodedata
 from typing import Any
 
 import yaml
 
 from train.config.errors import InputError
+
+LONGEST = 200  # characters of a class name
 
 
 def text_of(file: str, source: str, largest: int) -> str:
@@ -55,3 +59,31 @@ def mapping_of(text: str, source: str) -> tuple[Any, dict[str, yaml.Node]]:
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise InputError(f"{source} is not YAML that can be read: {' '.join(str(error).split())}") from None
     return content, keys_of(root, source) if isinstance(root, yaml.MappingNode) else {}
+
+
+def shown(value: Any) -> str:
+    """A value for a message. What is no scalar is not written out: through aliases 400 bytes may mean gigabytes."""
+    if isinstance(value, dict):
+        return "a mapping"
+    if isinstance(value, list | tuple | set):
+        return f"a list of {len(value)}"
+    return (repr(value) if isinstance(value, str) else str(value))[:60]
+
+
+def checked_name(name: str, source: str) -> str:
+    """A class name that fits on one line of a terminal and does nothing there; InputError where it does not."""
+    with contextlib.suppress(UnicodeDecodeError):  # a character that JSON writes as two, which YAML does not join
+        name = name.encode("utf-16", "surrogatepass").decode("utf-16")
+    # control characters, lone surrogates, line and paragraph separators, and marks that turn the writing around
+    bad = [
+        c
+        for c in name
+        if unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") or c in "\u202a\u202b\u202d\u202e\u2066\u2067\u2068"
+    ]
+    if bad:
+        raise InputError(f"{source} is {name[:60]!r}, which holds {bad[0]!r}; a name is one line of printable text.")
+    if not any(c.isprintable() and not c.isspace() for c in name):
+        raise InputError(f"{source} is empty; write a name, in quotes if need be.")
+    if len(name) > LONGEST:
+        raise InputError(f"{source} has {len(name)} characters; {LONGEST} is the most.")
+    return name

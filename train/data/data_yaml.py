@@ -1,7 +1,5 @@
 """What a data YAML says. It is read as data: nothing in it is executed, and class names are what is written."""
 
-import contextlib
-import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,10 +7,10 @@ from typing import Any
 import yaml
 
 from train.config.errors import InputError
-from train.config.plain import keys_of, mapping_of, text_of
+from train.config.plain import checked_name, keys_of, mapping_of, shown, text_of
 from train.data.formats import check_regular
 
-LARGEST, CLASSES, LONGEST = 20_000_000, 100_000, 200  # bytes of a data YAML, class names in it, characters of one
+LARGEST, CLASSES = 20_000_000, 100_000  # bytes of a data YAML, class names in it
 
 
 @dataclass(frozen=True)
@@ -43,16 +41,17 @@ def read_data_yaml(file: Path) -> DataYaml:
     for key in ("nc", "channels"):
         value = content.get(key)
         if value is not None and (type(value) is not int or not 1 <= value <= CLASSES):
-            raise InputError(f"{file} says {key}: {str(value)[:40]}; it must be a whole number from 1 to {CLASSES}.")
+            raise InputError(f"{file} says {key}: {shown(value)}; it must be a whole number from 1 to {CLASSES}.")
     path = content.get("path")
     if path is not None and not isinstance(path, str):
-        raise InputError(f"{file} says path: {str(path)[:40]}; it must be a folder.")
+        raise InputError(f"{file} says path: {shown(path)}; it must be a folder.")
     splits = {}
     for split, key in (("train", "train"), ("val", "val"), ("val", "validation"), ("test", "test")):
         if (entries := content.get(key)) and split not in splits:
             if not isinstance(entries, str) and not _is_list_of_text(entries):
-                kind = "a mapping" if isinstance(entries, dict) else repr(entries)[:40]
-                raise InputError(f"{file}: `{key}` is {kind}; it must be a folder, a .txt list, or a list of these.")
+                raise InputError(
+                    f"{file}: `{key}` is {shown(entries)}; it must be a folder, a .txt list, or a list of these."
+                )
             splits[split] = entries
     classes = content.get("nc")
     if "names" in nodes and content.get("names") is not None:
@@ -83,7 +82,7 @@ def _names(node: yaml.Node, file: Path) -> dict[int, str]:
     names: dict[int, str] = {}
     seen: dict[str, int] = {}
     for key, value in given:
-        if not key.isascii() or not key.isdecimal():
+        if not key.isascii() or not key.isdecimal() or len(key) > 9 or key != str(int(key)):
             swapped = isinstance(value, yaml.ScalarNode) and str(value.value).isdecimal()
             mend = f"write `{value.value}: {key[:40]}`" if swapped else "it must be a class index, such as 0"
             raise InputError(f"{file}: `names` has the key {key[:40]!r}; {mend}.")
@@ -97,22 +96,3 @@ def _names(node: yaml.Node, file: Path) -> dict[int, str]:
         some = ", ".join(map(str, sorted(names)[:20]))
         raise InputError(f"{file}: the class indices in `names` are [{some}]; they must go from 0 up, one by one.")
     return names
-
-
-def checked_name(name: str, source: str) -> str:
-    """A class name that fits on one line of a terminal and does nothing there; InputError where it does not."""
-    with contextlib.suppress(UnicodeDecodeError):  # a character that JSON writes as two, which YAML does not join
-        name = name.encode("utf-16", "surrogatepass").decode("utf-16")
-    # control characters, lone surrogates, line and paragraph separators, and marks that turn the writing around
-    bad = [
-        c
-        for c in name
-        if unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") or c in "\u202a\u202b\u202d\u202e\u2066\u2067\u2068"
-    ]
-    if bad:
-        raise InputError(f"{source} is {name[:60]!r}, which holds {bad[0]!r}; a name is one line of printable text.")
-    if not any(c.isprintable() and not c.isspace() for c in name):
-        raise InputError(f"{source} is empty; write a name, in quotes if need be.")
-    if len(name) > LONGEST:
-        raise InputError(f"{source} has {len(name)} characters; {LONGEST} is the most.")
-    return name

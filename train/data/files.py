@@ -69,14 +69,17 @@ def _files_below(folder: str) -> Iterator[str]:
     Links are followed, and each folder counts once, so that links in a circle end.
     """
     seen: set[tuple[int, int]] = set()
-    for place, folders, files in os.walk(folder, followlinks=True):
-        here = os.stat(place)
-        if (here.st_dev, here.st_ino) in seen:
-            folders.clear()
-            continue
-        seen.add((here.st_dev, here.st_ino))
-        folders[:] = sorted(name for name in folders if name[0] != ".")
-        yield from (os.path.join(place, name) for name in files if name[0] != "." and "." in name)
+    waiting = [folder]
+    while waiting:  # links after all real folders, by whose paths labels are found
+        for place, folders, files in os.walk(waiting.pop(0)):
+            here = os.stat(place)
+            if (here.st_dev, here.st_ino) in seen:
+                folders.clear()
+                continue
+            seen.add((here.st_dev, here.st_ino))
+            folders[:] = sorted(name for name in folders if name[0] != ".")
+            waiting += (path for name in folders if os.path.islink(path := os.path.join(place, name)))
+            yield from (os.path.join(place, name) for name in files if name[0] != "." and "." in name)
 
 
 def _located(root: Path, entry: str) -> Path:

@@ -5,6 +5,7 @@ import os
 import stat
 from dataclasses import dataclass
 
+import cv2
 import numpy as np
 from PIL import Image
 from ultralytics.data.utils import exif_size
@@ -71,9 +72,10 @@ def read_image(im_file: str, label_file: str, image_id: int, classes: int) -> La
         with Image.open(im_file) as image:
             image.verify()
             (width, height), kind = exif_size(image), str(image.format)
+            cheap = kind in ("JPEG", "MPO") and not image.info.get("progressive")
         if min(width, height) < 10:
             return f"{im_file}: {width}x{height} px is too small; 10 px is the least"
-        if not (kind in ("JPEG", "MPO") and jpeg_is_sound(im_file)) and (fault := decoding_fault(im_file)):
+        if fault := decoding_fault(im_file, cheap):
             return f"{im_file}: not a readable image ({kind}: {fault})"
         return Labels(im_file, image_id, (height, width), *read_label(label_text(label_file), classes))
     except UnicodeDecodeError:
@@ -112,31 +114,15 @@ def label_text(file: str) -> str:
     return data.decode("utf-8-sig")
 
 
-def jpeg_is_sound(file: str) -> bool:
-    """Whether a JPEG has all that OpenCV insists on: tables and frame before the first scan, and its end marker.
+def decoding_fault(file: str, cheap: bool = False) -> str:
+    """Why the loader's own decoder refuses an image; empty where it does not.
 
-    What lies between may be damaged: the loader decodes that, with a flaw in the picture. It takes 50 µs where decoding
-    takes 1 ms.
+    Args:
+        file: the image.
+        cheap: decode at an eighth of its size, in half the time: for baseline JPEGs, of which it refuses the same.
     """
-    with open(file, "rb") as opened:
-        head = opened.read(1 << 16)
-        opened.seek(-2, os.SEEK_END)
-        if opened.read() != b"\xff\xd9":
-            return False
-    seen, at = set(), 2
-    while at + 4 <= len(head) and head[at] == 0xFF:
-        marker, size = head[at + 1], int.from_bytes(head[at + 2 : at + 4])
-        seen.add(marker)
-        if marker == 0xDA:  # start of scan; before it a frame of a common kind (baseline, extended, progressive)
-            return bool(seen & {0xC0, 0xC1, 0xC2}) and {0xDB, 0xC4} <= seen
-        at += 2 + size
-    return False
-
-
-def decoding_fault(file: str) -> str:
-    """Why the loader's own decoder refuses an image; empty where it does not."""
     try:
-        image = imread(file)
+        image = cv2.imdecode(np.fromfile(file, np.uint8), cv2.IMREAD_REDUCED_COLOR_8) if cheap else imread(file)
     except Exception as error:  # OpenCV fails in as many ways as there are bytes
         return type(error).__name__
     if image is None:

@@ -13,7 +13,7 @@ from ultralytics.utils.ops import xywh2ltwh
 
 from train.config.errors import InputError
 from train.config.options import EvalConfig
-from train.data.data_yaml import checked_name
+from train.config.plain import checked_name
 from train.data.files import DataFiles
 from train.data.formats import Labels, check_regular
 from train.data.scan import Counted, scan, subset, uncounted

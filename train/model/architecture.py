@@ -7,6 +7,7 @@ import yaml
 from ultralytics.nn.tasks import DetectionModel, yaml_model_load
 
 from train.config.errors import InputError
+from train.config.plain import shown
 
 HEADS = ("Detect", "v10Detect")
 LAYERS = frozenset({  # of Ultralytics' detectors; none fetches anything, as its TorchVision does
@@ -51,17 +52,17 @@ def check_architecture(content: Any, source: str) -> None:
             raise InputError(f"{source} is not a model's description: it has no list of layers named `{part}`.")
         rows += layers
     for number, row in enumerate(rows):
-        if not isinstance(row, list) or len(row) != 4 or not isinstance(row[3], list):
+        if not isinstance(row, list) or len(row) != 4 or not isinstance(row[2], str) or not isinstance(row[3], list):
             raise InputError(
-                f"{source}: layer {number} is {str(row)[:80]}; it must be [from, number, module, [arguments]]."
+                f"{source}: layer {number} is {shown(row)}; it must be [from, number, module, [arguments]]."
             )
-    last = str(rows[-1][2])
+    last = rows[-1][2]
     if last not in HEADS:
         raise InputError(f"{source} ends in a {last[:40]} head; these scripts are for YOLO detection models.")
     for number, row in enumerate(rows):
         if row[2] not in LAYERS:
             raise InputError(
-                f"{source}: layer {number} is {str(row[2])[:40]!r}, which these scripts do not build. Known are "
+                f"{source}: layer {number} is {row[2][:40]!r}, which these scripts do not build. Known are "
                 f"{', '.join(sorted(LAYERS))}."
             )
 

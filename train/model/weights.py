@@ -1,22 +1,28 @@
 """Checkpoints and model YAMLs: found, fetched, read without running code, and written for `ultralytics.YOLO`."""
 
+import contextlib
 import os
+import pickle
 import re
+from collections.abc import Iterator
 from copy import deepcopy
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from ultralytics import __version__ as ultralytics_version
 from ultralytics.cfg import get_cfg
 from ultralytics.nn import tasks
 from ultralytics.nn.modules.head import Detect, v10Detect
 from ultralytics.nn.tasks import BaseModel, DetectionModel, load_checkpoint
+from ultralytics.utils import downloads
 from ultralytics.utils.checks import check_yolov5u_filename
 from ultralytics.utils.downloads import GITHUB_ASSETS_NAMES, GITHUB_ASSETS_REPO, attempt_download_asset
 
 from train.config.errors import InputError
+from train.config.plain import checked_name
 from train.model.architecture import read_architecture
 
 EXPORTED = (
@@ -89,6 +95,25 @@ def _first_line(error: BaseException) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
+@contextlib.contextmanager
+def _inert(trust: bool) -> Iterator[None]:
+    """While a checkpoint is read, nothing is fetched and no module constructed. A healthy one makes its objects without
+    their constructors, of which TorchVision's downloads; a list of classes does not tell the two apart.
+    """
+
+    def refuse(self: nn.Module, *_: object, **__: object) -> None:
+        raise pickle.UnpicklingError(f"it would construct {type(self).__name__}")
+
+    construct, fetch = nn.Module.__init__, downloads.attempt_download_asset
+    downloads.attempt_download_asset = str  # which also drops apostrophes from a path, and then misses the file
+    if not trust:
+        nn.Module.__init__ = refuse  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.__init__, downloads.attempt_download_asset = construct, fetch  # type: ignore[method-assign]
+
+
 def load_detector(weights: str, trust: bool = False) -> tuple[DetectionModel, dict[str, Any]]:
     """An Ultralytics detection checkpoint as (fp32 model in eval mode, the checkpoint's other entries).
 
@@ -110,7 +135,8 @@ def load_detector(weights: str, trust: bool = False) -> tuple[DetectionModel, di
             )
         foreign = [name for name in held if name.partition(".")[0] not in ("ultralytics", "torch")]
         # By its whole path: a damaged file with the bare name of an official one Ultralytics would delete and download.
-        model, checkpoint = load_checkpoint(str(Path(weights).absolute()))
+        with _inert(trust):
+            model, checkpoint = load_checkpoint(str(Path(weights).absolute()))
     except InputError:
         raise
     except Exception as error:  # a broken pickle fails in as many ways as there are bytes
@@ -126,6 +152,10 @@ def load_detector(weights: str, trust: bool = False) -> tuple[DetectionModel, di
     if type(model) is not DetectionModel or type(model.model[-1]) not in (Detect, v10Detect):  # segmentation inherits
         kind = type(model.model[-1]).__name__ if isinstance(model, BaseModel) else type(model).__name__
         raise InputError(f"{weights} ends in a {kind} head; these scripts are for YOLO detection models.")
+    if not isinstance(model.names, dict) or not isinstance(model.yaml, dict):
+        raise InputError(f"{weights} is not a checkpoint that can be loaded: it lacks class names or its description.")
+    model.names = {int(index): checked_name(str(name)[:1000], f"{weights}: class {index}")
+                   for index, name in model.names.items()}  # fmt: skip
     return model, {key: value for key, value in checkpoint.items() if key not in ("model", "ema")}
 
 

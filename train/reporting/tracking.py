@@ -190,4 +190,7 @@ def _warm() -> None:
     with contextlib.suppress(Exception):  # it comes again where it is told
         import wandb  # 0.3 s
 
+        from train.reporting import wandb_start
+
+        os.environ.setdefault("WANDB_BASE_URL", wandb_start.own_server())
         wandb.setup()

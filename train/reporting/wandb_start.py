@@ -12,6 +12,7 @@ from urllib.parse import urlparse
 
 import wandb
 
+import train
 from train.config.options import TrainConfig
 
 REACHED = 0.8  # seconds in which W&B's server must answer a connection, else the run is kept offline
@@ -47,6 +48,17 @@ def attempts(config: TrainConfig, folder: Path, wandb_id: str) -> tuple[list[dic
     elif not wandb.login(prompt=False):  # else wandb.init would ask, where there is a terminal
         return [offline], "W&B has no key; the run is kept offline" if mode else ""
     return [options, offline], ""
+
+
+def own_server() -> str:
+    """W&B's server by the user's own settings.
+
+    W&B would also ask a settings file of the working directory, which may be anybody's, and send the user's key there.
+    """
+    folder = Path(os.environ.get("WANDB_CONFIG_DIR", "~/.config/wandb")).expanduser()
+    settings = wandb.Settings(root_dir=train.scratch.name, settings_system=str(folder / "settings"))
+    settings.update_from_system_settings()
+    return settings.base_url
 
 
 def introduce(run: Any, folder: Path) -> list[str]:

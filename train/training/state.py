@@ -82,13 +82,22 @@ class TrainState:
             ) from None
 
     def load(self, saved: dict[str, Any]) -> None:
-        """Take over what `read_state` has read, and empty it: the weights need not stay in memory twice."""
-        self.detector.load_state_dict(saved.pop("model"))
-        self.ema.ema.load_state_dict(saved.pop("ema"))
-        self.ema.updates = saved.pop("updates")
-        self.optimizer.load_state_dict(saved.pop("optimizer"))
-        if (scaler := saved.pop("scaler")) and self.scaler:
-            self.scaler.load_state_dict(scaler)
+        """Take over what `read_state` has read, and empty it: the weights need not stay in memory twice.
+
+        Raises:
+            InputError: it is of another model than last.pt.
+        """
+        try:
+            self.detector.load_state_dict(saved.pop("model"))
+            self.ema.ema.load_state_dict(saved.pop("ema"))
+            self.ema.updates = saved.pop("updates")
+            self.optimizer.load_state_dict(saved.pop("optimizer"))
+            if (scaler := saved.pop("scaler")) and self.scaler:
+                self.scaler.load_state_dict(scaler)
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError):
+            raise InputError(
+                "--resume: state.pt does not fit last.pt. Start a new run from the weights: --model …/weights/last.pt"
+            ) from None
         for name in PLAIN:
             setattr(self, name, saved.pop(name))
         for _ in range(self.epoch + 1):
@@ -105,6 +114,12 @@ def read_state(config: TrainConfig) -> dict[str, Any]:
     missing = [name for name in ("last.pt", "state.pt") if not (weights / name).is_file()]
     if missing:
         raise InputError(f"--resume {run}: there is no {weights / missing[0]}; no epoch was finished there.")
+    for path in (run, *run.iterdir(), *weights.iterdir(), *(run / "logs").glob("*")):
+        if path != run and path.is_symlink():  # it would be written through to wherever it leads
+            raise InputError(
+                f"--resume {run}: {path} is a link to {os.readlink(path)}, and would be written to. Put the file "
+                "itself there, or remove it."
+            )
     if not all(os.access(folder, os.W_OK | os.X_OK) for folder in (run, weights)):
         raise InputError(
             f"--resume {run}: the folder cannot be written to. Copy it and go on in the copy: "
@@ -118,6 +133,8 @@ def read_state(config: TrainConfig) -> dict[str, Any]:
             f"--resume {run}: {weights / 'state.pt'} is damaged ({type(error).__name__}). Start a new run from the "
             f"weights: --model {weights / 'last.pt'}"
         ) from None
+    if not all(type(saved[name]) is int for name in ("epoch", "best_epoch", "updates")):
+        raise InputError(f"--resume {run}: {weights / 'state.pt'} is damaged: its epochs are no numbers.")
     done = saved["epoch"] + 1
     if config.epochs < done:
         raise InputError(
