@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import wandb
 
 from tests.conftest import DETECT, ROOT, TINY, VALIDATE
 from train.config.errors import InputError
@@ -264,7 +265,7 @@ def test_wandb_asks_no_stranger_which_server_to_send_the_key_to(tmp_path: Path, 
     (tmp_path / "wandb" / "settings").write_text("[default]\nbase_url = https://evil.example\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "mine"))
-    assert wandb_start.own_server() == "https://api.wandb.ai"
+    assert wandb_start.own_server() == wandb.Settings.model_fields["base_url"].default
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "settings").write_text("[default]\nbase_url = https://wandb.firm.example\n")
     assert wandb_start.own_server() == "https://wandb.firm.example"

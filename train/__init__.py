@@ -5,7 +5,10 @@ module of this package. They stop it from pip-installing, from running pickled c
 the user's home from several processes at once. Whoever sets a variable beforehand keeps their own value.
 """
 
+import contextlib
+import fcntl
 import os
+import socket
 import tempfile
 
 os.environ.setdefault("YOLO_OFFLINE", "1")  # no DNS look-up at import; official weights are still fetched when named
@@ -16,6 +19,12 @@ os.environ.setdefault("YOLO_VERBOSE", "false")  # no banner at import; train/rep
 SCRATCH, LONGEST = "yoloacc-", 58  # workers' sockets lie below: a path of more than 107 bytes would hang them
 _short = len(os.fsencode(tempfile.gettempdir())) <= LONGEST or not os.access("/tmp", os.W_OK)
 scratch = tempfile.TemporaryDirectory(prefix=SCRATCH, dir=None if _short else "/tmp")  # removed when the process ends
+# Held as long as this process or a worker lives, whatever kills it: without, the next run removes the folder.
+LOCK, HOST = ".yolo-accelerate.lock", socket.gethostname().encode()
+_lock = os.open(os.path.join(scratch.name, LOCK), os.O_CREAT | os.O_RDWR)
+with contextlib.suppress(OSError):  # a disk without locks; then nobody can tell, and it stays
+    fcntl.flock(_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.write(_lock, HOST)
 os.environ.setdefault("YOLO_CONFIG_DIR", scratch.name)
 if not os.access(os.path.expanduser("~"), os.W_OK):  # a container's user without a home; matplotlib would say so
     os.environ.setdefault("MPLCONFIGDIR", scratch.name)

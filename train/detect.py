@@ -29,7 +29,7 @@ from train.data.loaders import train_loader, val_loader
 from train.data.scan import check_usable, scan
 from train.data.sets import TrainSet, ValSet
 from train.evaluation.evaluate import Evaluation, evaluate
-from train.evaluation.truth import read_truth
+from train.evaluation.truth import read_annotations, read_truth
 from train.model.build import ModelEMA, build_model, check_imgsz, largest_stride, set_class_weights, size_in_words
 from train.model.inference import inference_copy
 from train.model.loss import build_criterion, end_of_epoch
@@ -49,7 +49,8 @@ def main(config: TrainConfig) -> None:
     """Train, from the configuration to the last checkpoint. Every rank runs all of it."""
     # All that can be wrong is found before the first label is read: a million of them take minutes.
     config.check()
-    check_folder(Path(config.project), "--project")
+    if not config.resume:
+        check_folder(Path(config.project), "--project")
     check_file(config.log_file, "--log-file")
     saved = read_state(config) if config.resume else None
     accelerator, why_precision = start_processes(config.mixed_precision, config.used_trackers, config.seed)
@@ -74,11 +75,12 @@ def main(config: TrainConfig) -> None:
     size = size_in_words(model, config.imgsz)
 
     # Data: each rank reads a share of the labels, then every rank knows all of them.
-    train_files = data.images("train", config.fraction, repeats=True)
+    train_files, val_files = data.images("train", config.fraction, repeats=True), data.images(config.split)
+    annotations = read_annotations(config.annotations) if config.annotations else None
     report.say(f"reading the labels of {len(train_files)} train images and of {config.split}")
     report.watch.begin("reading labels")
     train_labels, train_faults = scan(train_files, data.names, config, accelerator, counted=report.reading)
-    val_labels, truth, val_faults = read_truth(data, config, accelerator, report.reading)
+    val_labels, truth, val_faults = read_truth(val_files, data.names, config, accelerator, annotations, report.reading)
     report.watch.end()
     check_usable(data.name, train_labels, val_labels, train_faults + val_faults, config)
 

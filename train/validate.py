@@ -27,7 +27,7 @@ from train.data.loaders import val_loader
 from train.data.scan import check_usable
 from train.data.sets import ValSet
 from train.evaluation.evaluate import evaluate, measure
-from train.evaluation.truth import read_annotations, read_predictions, read_truth
+from train.evaluation.truth import check_predictions, read_annotations, read_predictions, read_truth
 from train.model.build import check_imgsz, largest_stride, set_end2end
 from train.model.inference import inference_copy
 from train.model.weights import best_of_run, fetch_weights, load_detector, trained_with
@@ -65,9 +65,11 @@ def main(config: ValConfig) -> None:
     data = once_per_machine(accelerator, lambda: find_data(config.data, config.single_cls, config.classes))
     if len(model.names) != len(data.names):
         raise InputError(f"{config.weights} knows {len(model.names)} classes, {data.name} names {len(data.names)}.")
+    files = data.images(config.split)
+    annotations = read_annotations(config.annotations) if config.annotations else None
     report.say(f"reading the labels of {config.split}")
     report.watch.begin("reading labels")
-    labels, truth, faults = read_truth(data, config, accelerator, report.reading)
+    labels, truth, faults = read_truth(files, data.names, config, accelerator, annotations, report.reading)
     report.watch.end()
     check_usable(data.name, None, labels, faults, config)
     val_set = ValSet(labels, data.names, data.channels, config.imgsz, stride, config.rect is not False)
@@ -109,13 +111,15 @@ def validated_with(config: ValConfig, given: frozenset[str]) -> dict[str, Any]:
 
 def measure_file(config: ValConfig, accelerator: Accelerator, report: Report) -> None:
     """Measure detections that are already there; no model is needed."""
+    rows = read_predictions(config.predictions)
+    truth = annotations = read_annotations(config.annotations) if config.annotations else None
     if config.data:
         data = once_per_machine(accelerator, lambda: find_data(config.data, config.single_cls, config.classes))
-        labels, truth, faults = read_truth(data, config, accelerator, report.reading)
+        files = data.images(config.split)
+        labels, truth, faults = read_truth(files, data.names, config, accelerator, annotations, report.reading)
         check_usable(data.name, None, labels, faults, config)
-    else:
-        truth = read_annotations(config.annotations)
-    rows = read_predictions(config.predictions, truth)
+    assert truth is not None  # --predictions needs one of the two
+    check_predictions(config.predictions, rows, truth)
     report.open(on_main(accelerator, lambda: new_folder(Path("runs/detect"), "val", config.save_dir)), config)
     report.say(f"{len(rows)} detections of {config.predictions}")
     report.evaluation(measure(truth, rows, config, accelerator), truth, config)

@@ -206,7 +206,7 @@ def evaluated(weights: Path, data: str, **options) -> Evaluation:
     config = resolved(ValConfig(weights=str(weights), data=data, imgsz=160, workers=0, **options), accelerator)
     model, _ = load_detector(config.weights)
     files = find_data(config.data)
-    labels, truth, _ = read_truth(files, config, accelerator)
+    labels, truth, _ = read_truth(files.images(config.split), files.names, config, accelerator)
     val_set = ValSet(labels, files.names, 3, config.imgsz, 32, config.rect is not False)
     loader = val_loader(val_set, config, accelerator)
     return evaluate(inference_copy(model, accelerator.device, config.memory_format), loader, truth, config, accelerator)

@@ -11,7 +11,7 @@ from train.config.errors import InputError
 from train.config.options import EvalConfig
 from train.data.formats import Labels
 from train.evaluation.coco import coco_metrics
-from train.evaluation.truth import ground_truth, read_predictions
+from train.evaluation.truth import check_predictions, ground_truth, read_annotations, read_predictions
 
 
 def test_a_results_file_is_read_and_checked(tmp_path: Path):
@@ -19,7 +19,8 @@ def test_a_results_file_is_read_and_checked(tmp_path: Path):
     content = [{"image_id": int(r[0]), "bbox": list(r[1:5]), "score": r[5], "category_id": int(r[6])} for r in rows]
     file = tmp_path / "p.json"
     file.write_text(json.dumps(content[::-1]))
-    read = read_predictions(str(file), truth)
+    read = read_predictions(str(file))
+    check_predictions(str(file), read, truth)
     assert coco_metrics(truth, read)[0]["AR100"] == coco_metrics(truth, rows)[0]["AR100"]
     assert (np.diff(read[:, 0]) >= 0).all()
     for wrong, message in (
@@ -32,9 +33,9 @@ def test_a_results_file_is_read_and_checked(tmp_path: Path):
     ):
         file.write_text(json.dumps(wrong))
         with pytest.raises(InputError, match=message):
-            read_predictions(str(file), truth)
+            check_predictions(str(file), read_predictions(str(file)), truth)
     file.write_text("[]")
-    assert read_predictions(str(file), truth).shape == (0, 7)
+    assert read_predictions(str(file)).shape == (0, 7)
 
 
 def test_ground_truth_is_in_original_pixels():
@@ -58,7 +59,7 @@ def test_an_annotation_file_is_checked_and_matched_by_folder(tmp_path: Path):
 
     def read(**changes: list) -> tuple[list[Labels], dict]:
         Path(config.annotations).write_text(json.dumps(content | changes))
-        return ground_truth(labels, {0: "a"}, config)
+        return ground_truth(labels, {0: "a"}, config, read_annotations(config.annotations))
 
     found, truth = read()
     assert [entry.image_id for entry in found] == [11, 12]

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import train
 from tests.conftest import DETECT, ROOT, TINY, launch
 from train.processes import scratch
 
@@ -93,9 +94,9 @@ def test_what_a_killed_run_leaves_is_removed_by_the_next(tmp_path: Path, tempora
     (left,) = left_in(temporary)
     other = temporary / "yoloacc-theirs__"  # of a run that lives: its lock is held
     other.mkdir()
-    (other / scratch.LOCK).touch()
+    (other / train.LOCK).write_bytes(train.HOST)
     holds = "import fcntl, sys, time; f = open(sys.argv[1]); fcntl.flock(f, 2); print(1, flush=True); time.sleep(60)"
-    holder = subprocess.Popen([sys.executable, "-c", holds, str(other / scratch.LOCK)], stdout=subprocess.PIPE)
+    holder = subprocess.Popen([sys.executable, "-c", holds, str(other / train.LOCK)], stdout=subprocess.PIPE)
     assert holder.stdout is not None
     holder.stdout.readline()
     clone = temporary / "yoloacc-sources_"  # somebody's folder that happens to have such a name

@@ -63,21 +63,32 @@ def test_a_run_with_names_of_every_kind_on_a_console_that_knows_ascii_alone(tmp_
 def test_every_script_has_a_font(monkeypatch):
     # fonts of the system may be none, as in a container
     monkeypatch.setattr(fonts.font_manager, "findSystemFonts", lambda: [])
-    fonts._provide.cache_clear()
-    for text in ("火车汽車", "ひらがなカタカナ", "한국어", "हिन्दी", "سيارة", "מכונית", "รถยนต์", "машина", "αυτοκίνητο"):
+    fonts._chosen.cache_clear()
+    for text in (
+        "한국어",
+        "火车汽車",
+        "ひらがなカタカナ",
+        "한국어",
+        "हिन्दी",
+        "سيارة",
+        "מכונית",
+        "รถยนต์",
+        "машина",
+        "αυτοκίνητο",
+    ):
         assert provide_fonts([text]) == ""
         font = ImageFont.truetype(fonts.plotting.check_font("Arial.Unicode.ttf"), 20)  # the one of labels on images
         missing = bytes(font.getmask("\U000fffff"))
         assert all(bytes(font.getmask(c)) != missing for c in text), text
-    fonts._provide.cache_clear()
+    fonts._chosen.cache_clear()
 
 
 def test_a_symbol_that_no_font_has_is_spelt(monkeypatch):
     monkeypatch.setattr(fonts.font_manager, "findSystemFonts", lambda: [])
-    fonts._provide.cache_clear()
+    fonts._chosen.cache_clear()
     assert drawable({0: "🍎 red", 1: "dog"}) == {0: ":red_apple: red", 1: "dog"}
     assert provide_fonts(["கார்"]) != ""
-    fonts._provide.cache_clear()
+    fonts._chosen.cache_clear()
 
 
 def test_nothing_is_asked_of_the_network_for_a_font(monkeypatch):

@@ -33,7 +33,7 @@ for name, options in cases:
     config = resolved(ValConfig(weights=weights, workers=0, imgsz=160, **options), accelerator)
     config = replace(config, mixed_precision=options.get("mixed_precision", "no"))
     data = find_data(config.data)
-    labels, truth, _ = read_truth(data, config, accelerator)
+    labels, truth, _ = read_truth(data.images(config.split), data.names, config, accelerator)
     val_set = ValSet(labels, data.names, 3, config.imgsz, 32, config.rect is not False)
     loader = list(val_loader(val_set, config, accelerator))
     batches.append([name, *gather_object([len(loader)])])

@@ -69,8 +69,10 @@ def parse(
             options[name] = os.path.expanduser(value)
     if run:  # results.csv has columns for them, and the best epoch is the best by them
         options["resume"] = run
-        fixed = ("split", "annotations", "val_fraction", "val_limit", "max_dets")
+        fixed = ("split", "val_fraction", "val_limit", "max_dets")
         changed = [name for name in fixed if options[name] != values.get(name, getattr(kind(), name))]
+        if bool(options["annotations"]) != bool(values.get("annotations")):  # the file may have moved with the data
+            changed.append("annotations")
         if changed:
             flags = ", ".join(map(as_flag, changed))
             raise InputError(f"--resume goes on with what the run is measured by; leave out {flags}.")

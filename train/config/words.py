@@ -71,7 +71,9 @@ def check_flags(kind: type, arguments: list[str]) -> None:
         name = argument.partition("=")[0].removeprefix("--").replace("-", "_")
         if not argument.startswith("--") or name in known or name.removeprefix("no_") in known:
             continue
-        if (other := OTHERS.get(name) or SWAPPED.get(name)) is not None:
+        other = OTHERS.get(name) or SWAPPED.get(name)
+        meant = other.partition(" ")[0][2:].replace("-", "_") if other and other.startswith("--") else ""
+        if other is not None and (not meant or meant in known):
             raise InputError(f"There is no {argument.partition('=')[0]} here; instead: {other}.")
 
 

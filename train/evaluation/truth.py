@@ -14,7 +14,6 @@ from ultralytics.utils.ops import xywh2ltwh
 from train.config.errors import InputError
 from train.config.options import EvalConfig
 from train.config.plain import checked_name
-from train.data.files import DataFiles
 from train.data.formats import Labels, check_regular
 from train.data.scan import Counted, scan, subset, uncounted
 
@@ -23,7 +22,10 @@ UNREADABLE = (OSError, ValueError, KeyError, TypeError, IndexError, AttributeErr
 
 
 def ground_truth(
-    labels: list[Labels], names: dict[int, str], config: EvalConfig | None = None
+    labels: list[Labels],
+    names: dict[int, str],
+    config: EvalConfig | None = None,
+    annotations: dict[str, Any] | None = None,
 ) -> tuple[list[Labels], dict[str, Any]]:
     """The truth of a split as a COCO annotation dict, whose categories stand in the order of the class indices.
 
@@ -33,22 +35,23 @@ def ground_truth(
     Args:
         labels: the split's labels, boxes normalised.
         names: class names by class index.
-        config: names the annotation file.
+        config: names the annotation file, and the classes that count.
+        annotations: what that file says, see `read_annotations`.
 
     Raises:
-        InputError: the annotation file is none, or lacks an image or a class.
+        InputError: the annotation file lacks an image or a class.
     """
-    if config is not None and config.annotations:
-        return _from_annotations(labels, names, config)
+    if config is not None and annotations is not None:
+        return _from_annotations(labels, names, config, annotations)
     images: list[dict] = []
-    annotations: list[dict] = []
+    marks: list[dict] = []
     for entry in labels:
         height, width = entry.shape
         images.append({"id": entry.image_id, "file_name": entry.im_file, "width": width, "height": height})
         for category, box in zip(entry.cls, xywh2ltwh(entry.boxes * (width, height, width, height)), strict=True):
-            annotations.append(
+            marks.append(
                 {
-                    "id": len(annotations) + 1,  # pycocotools takes annotation 0 for none
+                    "id": len(marks) + 1,  # pycocotools takes annotation 0 for none
                     "image_id": entry.image_id,
                     "category_id": int(category),
                     "bbox": box.tolist(),
@@ -57,7 +60,7 @@ def ground_truth(
                 }
             )
     categories = [{"id": index, "name": name} for index, name in names.items()]
-    return labels, {"images": images, "annotations": annotations, "categories": categories}
+    return labels, {"images": images, "annotations": marks, "categories": categories}
 
 
 def _json(file: str) -> Any:
@@ -143,9 +146,11 @@ def read_annotations(file: str) -> dict[str, Any]:
     return truth
 
 
-def _from_annotations(labels: list[Labels], names: dict[int, str], config: EvalConfig) -> tuple[list[Labels], dict]:
+def _from_annotations(
+    labels: list[Labels], names: dict[int, str], config: EvalConfig, truth: dict[str, Any]
+) -> tuple[list[Labels], dict[str, Any]]:
     """The part of the annotation file that is about these images and classes; images are matched by file name."""
-    file, truth = config.annotations, read_annotations(config.annotations)
+    file = config.annotations
     by_name = defaultdict(list)
     for image in truth["images"]:
         by_name[Path(image["file_name"]).name].append(image)
@@ -179,11 +184,11 @@ def _from_annotations(labels: list[Labels], names: dict[int, str], config: EvalC
     return labels, {"images": images, "annotations": annotations, "categories": categories}
 
 
-def read_predictions(file: str, truth: dict[str, Any]) -> np.ndarray:
+def read_predictions(file: str) -> np.ndarray:
     """The rows of a COCO results file, by image id, in the file's order within an image.
 
     Raises:
-        InputError: it is not a results file, or names images or categories that the truth does not have.
+        InputError: it is not a results file.
     """
     try:
         content = _json(file)
@@ -198,6 +203,11 @@ def read_predictions(file: str, truth: dict[str, Any]) -> np.ndarray:
         ) from None
     if not np.isfinite(rows).all():
         raise InputError(f"--predictions {file} holds a value that is not a finite number.")
+    return rows[np.argsort(rows[:, 0], kind="stable")]
+
+
+def check_predictions(file: str, rows: np.ndarray, truth: dict[str, Any]) -> None:
+    """Raise InputError where detections name images or categories that the truth does not have."""
     for column, what, entries in ((0, "image", truth["images"]), (6, "category", truth["categories"])):
         known = [entry["id"] for entry in entries]
         unknown = np.setdiff1d(rows[:, column], known)
@@ -206,14 +216,26 @@ def read_predictions(file: str, truth: dict[str, Any]) -> np.ndarray:
                 f"--predictions {file} names {what} ids that the data set does not have, {len(unknown)} of them: "
                 f"{', '.join(f'{id_:g}' for id_ in unknown[:5])}; known are {_span(known)}."
             )
-    return rows[np.argsort(rows[:, 0], kind="stable")]
 
 
 def read_truth(
-    data: DataFiles, config: EvalConfig, accelerator: Accelerator, counted: Counted = uncounted
+    files: list[str],
+    names: dict[int, str],
+    config: EvalConfig,
+    accelerator: Accelerator,
+    annotations: dict[str, Any] | None = None,
+    counted: Counted = uncounted,
 ) -> tuple[list[Labels], dict[str, Any], list[str]]:
-    """Labels and COCO truth of the images that are validated on, and what is wrong with the others (collective)."""
-    files = data.images(config.split)
+    """Labels and COCO truth of the images that are validated on, and what is wrong with the others (collective).
+
+    Args:
+        files: images of the whole split.
+        names: class names by class index.
+        config: the part of the split, and the classes that count.
+        accelerator: of the run.
+        annotations: what `read_annotations` has read, where `--annotations` names a file.
+        counted: see `scan`.
+    """
     chosen = subset(len(files), config.val_fraction, config.val_limit)
-    labels, faults = scan(files, data.names, config, accelerator, chosen, counted)
-    return *ground_truth(labels, data.names, config), faults
+    labels, faults = scan(files, names, config, accelerator, chosen, counted)
+    return *ground_truth(labels, names, config, annotations), faults

@@ -59,11 +59,10 @@ def new_folder(project: Path, name: str, exactly: str = "") -> Path:
         if exactly:
             folder.mkdir(exist_ok=True)
         return folder.resolve()
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
         mend = "--save-dir" if exactly else "--project or --name"
-        raise InputError(
-            f"The folder {folder} cannot be made: {error.strerror or error}. Name another with {mend}."
-        ) from None
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"The folder {folder} cannot be made: {reason}. Name another with {mend}.") from None
 
 
 def _made(folder: Path) -> bool:

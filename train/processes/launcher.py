@@ -4,12 +4,15 @@
 process: the first failure's exit code is handed on, and no traceback of the launcher's stands behind its message.
 """
 
+from train.processes import early  # noqa: F401  # first, see there
+
+# isort: split
+
 import argparse
 import logging
 import os
 import signal
 import sys
-import tempfile
 from pathlib import Path
 
 import torch
@@ -17,6 +20,7 @@ import torch
 import train
 from train.config.errors import InputError
 from train.processes.devices import check_devices, device_type, visible
+from train.processes.scratch import clean_up
 
 CONFIGS = Path(__file__).resolve().parents[2] / "accelerate_configs"
 
@@ -89,8 +93,8 @@ def _number(name: str, text: str) -> int | None:
 
 def check_environment() -> None:
     """Raise InputError where a variable that PyTorch and Accelerate read is not what they need."""
-    threads = os.environ.get("OMP_NUM_THREADS", "1")
-    if not threads.isdecimal() or not int(threads):
+    threads = os.environ.get("OMP_NUM_THREADS") or "1"  # or one for each level, as 4,2
+    if not all(number.strip().isdecimal() and int(number) for number in threads.split(",")):
         raise InputError(f"OMP_NUM_THREADS is {threads!r}; it must be a whole number from 1. Mend it or unset it.")
 
 
@@ -107,13 +111,13 @@ def main() -> None:
     except InputError as error:
         parser.exit(2, f"error: {error}\n")
     os.environ.update(environment)
-    if os.environ.get("YOLO_CONFIG_DIR") == train.scratch.name:  # else all ranks would share this process's
-        del os.environ["YOLO_CONFIG_DIR"]
+    for name in ("YOLO_CONFIG_DIR", "MPLCONFIGDIR"):  # else all ranks would share this process's
+        if os.environ.get(name) == train.scratch.name:
+            del os.environ[name]
     script = given.script[1:]
     if not options:
-        train.scratch.cleanup()
+        clean_up()
         os.execv(sys.executable, [sys.executable, *script])
-    tempfile.tempdir = train.scratch.name  # for what torchrun leaves there
     sys.exit(launch([*options, *script]))
 
 

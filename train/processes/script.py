@@ -27,9 +27,22 @@ def run(main: Callable[[C], None], kind: type[C], description: str, kept: Kept |
     is. What a person can mend is one message. Exit codes: 0 done, 2 bad input, 130 Ctrl-C, 128 + its number for another
     signal, 1 anything else, a loss that is no longer a number included.
     """
-    signals.during_work()
-    _never_fail_to_print()
     code = 0
+    try:
+        signals.during_work()
+        _never_fail_to_print()
+        code = _finished(main, kind, description, kept)
+    except signals.Ended as end:
+        code = signals.exit_code(end.number)
+        logging.getLogger("train").warning(signals.in_words(end.number))
+        _say_first(signals.in_words(end.number))
+    if torch.distributed.is_initialized():  # left open, its threads may abort the process at exit
+        torch.distributed.destroy_process_group()
+    sys.exit(code)
+
+
+def _finished(main: Callable[[C], None], kind: type[C], description: str, kept: Kept | None) -> int:
+    """Run it; the exit code."""
     logging.getLogger("train").addHandler(logging.NullHandler())  # else logging prints what no file takes yet
     try:
         with said_once():
@@ -40,23 +53,18 @@ def run(main: Callable[[C], None], kind: type[C], description: str, kept: Kept |
         message = printable(_own_words(error), newlines=True)
         logging.getLogger("train").error(message)
         _say_first(f"error: {message}")
-        code = 2 if isinstance(error, InputError) else 1
-    except signals.Ended as end:
-        logging.getLogger("train").warning(signals.in_words(end.number))
-        _say_first(signals.in_words(end.number))
-        code = signals.exit_code(end.number)
+        return 2 if isinstance(error, InputError) else 1
     except Exception as error:
-        code = 1
         logging.getLogger("train").exception("this rank failed")
         _say_first(_failure(error))
         if launched("WORLD_SIZE", 1) > 1:  # nothing that waits for the other ranks may stand in the way of the exit
             logging.shutdown()
-            sys.stdout.flush()
+            with contextlib.suppress(OSError):
+                sys.stdout.flush()
             clean_up()
-            os._exit(code)
-    if torch.distributed.is_initialized():  # left open, its threads may abort the process at exit
-        torch.distributed.destroy_process_group()
-    sys.exit(code)
+            os._exit(1)
+        return 1
+    return 0
 
 
 def _never_fail_to_print() -> None:

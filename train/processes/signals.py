@@ -1,8 +1,10 @@
 """What ends a script from outside: Ctrl-C, SIGTERM, SIGHUP. None is swallowed, each leaves a line, none a traceback."""
 
+import contextlib
 import os
 import signal
 import threading
+import time
 from types import FrameType
 
 from train.processes.scratch import clean_up
@@ -31,20 +33,13 @@ def exit_code(number: int) -> int:
 
 def during_imports() -> None:
     """End at once, with a line from one process of the machine: nothing has begun yet."""
-
-    def end(number: int, _: FrameType | None) -> None:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            os.write(2, f"{in_words(number)}\n".encode())
-        clean_up()
-        os._exit(exit_code(number))
-
     for number in SIGNALS:
         if signal.getsignal(number) not in (signal.SIG_IGN, None):  # nohup ignores SIGHUP
-            signal.signal(number, end)
+            signal.signal(number, lambda number, _: _end(number))
 
 
 def during_work() -> None:
-    """Raise Ended in the main thread; end the process after GRACE seconds where something has caught that."""
+    """Raise Ended in the main thread; end the process after GRACE seconds where that did not end it."""
     main = os.getpid()
 
     def end(number: int, _: FrameType | None) -> None:
@@ -54,11 +49,31 @@ def during_work() -> None:
         # the same signal has ended the workers. No SIG_IGN, of which Python complains where a signal is under way.
         for other in (*SIGNALS, signal.SIGCHLD):
             signal.signal(other, lambda *_: None)
-        backstop = threading.Timer(GRACE, os._exit, [exit_code(number)])
-        backstop.daemon = True
-        backstop.start()
         raise Ended(number)
 
-    for number in SIGNALS:
-        if signal.getsignal(number) not in (signal.SIG_IGN, None):
-            signal.signal(number, end)
+    handled = [number for number in SIGNALS if signal.getsignal(number) not in (signal.SIG_IGN, None)]
+    for number in handled:
+        signal.signal(number, end)
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    # Python calls the handler in the main thread, which may be in a collective or a device's call for long; it tells
+    # this thread at once. A worker that is forked from here must not write into the same pipe.
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
+    threading.Thread(target=_backstop, args=(reader, handled), daemon=True).start()
+
+
+def _backstop(reader: int, handled: list[signal.Signals]) -> None:
+    """Wait for a signal, then for GRACE seconds, then end the process, with a line: the main thread has said none."""
+    while (number := os.read(reader, 1)[0]) not in handled:
+        pass
+    time.sleep(GRACE)
+    _end(number)
+
+
+def _end(number: int) -> None:
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        with contextlib.suppress(OSError):  # nobody reads it
+            os.write(2, f"{in_words(number)}\n".encode())
+    clean_up()
+    os._exit(exit_code(number))

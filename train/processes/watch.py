@@ -17,6 +17,8 @@ from typing import Any, TextIO
 
 import torch
 
+from train.processes.scratch import clean_up
+
 HEARTBEAT = 30.0  # seconds without a line after which silent work is mentioned
 POSTED = 5.0  # seconds between two notes of where a rank stands
 SLOW = 10  # a step may take so many times the slowest so far before it counts as a hang
@@ -116,6 +118,7 @@ class Watch:
         try:
             self._tell(seconds)
         finally:
+            clean_up()
             os._exit(1)
 
     def _tell(self, seconds: float) -> None:

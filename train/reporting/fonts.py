@@ -31,8 +31,16 @@ def drawable(names: dict[int, str]) -> dict[int, str]:
     return {index: name.translate(spelt) for index, name in names.items()}
 
 
-@functools.lru_cache(maxsize=64)
 def _provide(characters: str) -> str:
+    families, best, lacking = _chosen(characters)
+    matplotlib.rcParams["font.family"] = list(families)  # matplotlib goes on to the next where one lacks a character
+    plotting.check_font = lambda *_: str(best)  # which would download one
+    return lacking
+
+
+@functools.lru_cache(maxsize=64)
+def _chosen(characters: str) -> tuple[tuple[str, ...], Path, str]:
+    """Families for matplotlib, the one font for labels on images, and the characters that no font here has."""
     wanted = {ord(c) for c in characters if c.isprintable() and not c.isspace()}
     own = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
     best, covered, families = own, len(wanted & _characters(own)), list(FAMILIES)
@@ -46,9 +54,7 @@ def _provide(characters: str) -> str:
             best, covered = font, len(wanted & has)
         if not lacking:
             break
-    matplotlib.rcParams["font.family"] = families  # matplotlib goes on to the next where one lacks a character
-    plotting.check_font = lambda *_: str(best)  # which would download one
-    return "".join(map(chr, sorted(lacking)))
+    return tuple(families), best, "".join(map(chr, sorted(lacking)))
 
 
 def _others() -> Iterable[Path]:

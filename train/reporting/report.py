@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
+from train.config.errors import InputError
 from train.config.options import EvalConfig
 from train.evaluation.coco import diagnose
 from train.evaluation.evaluate import Evaluation
@@ -109,11 +110,18 @@ class Report:
 
     def evaluation(self, evaluation: Evaluation, truth: dict[str, Any], config: EvalConfig) -> None:
         """Metrics, predictions and truth as JSON, then COCO's table on the console, then pictures (collective)."""
-        diagnosis = None
+        self.keep_results(lambda: self.results.evaluation(evaluation, truth, config.subset))
+        found: list[dict[str, Any] | None] = [None]
         if config.plots:
-            diagnosis = on_main(self.accelerator, lambda: diagnose(truth, evaluation.detections))  # collective
+
+            def look() -> None:
+                found[0] = on_main(self.accelerator, lambda: diagnose(truth, evaluation.detections))  # collective
+
+            self.going_on("the diagnosis of errors", look)  # an error is every rank's
+        diagnosis = found[0]
         tide = diagnosis["tide"] if diagnosis else None
-        self.going_on("results", lambda: self.results.evaluation(evaluation, truth, tide, config.subset))
+        if tide is not None:
+            self.going_on("results", lambda: self.results.tide(tide))
         for line in lines.table(evaluation, config):
             self.say(line)
         if config.plots and diagnosis is None:
@@ -122,6 +130,20 @@ class Report:
             self.say(f"AP50 lost to errors (TIDE): {'  '.join(f'{kind} {lost:.3f}' for kind, lost in tide.items())}")
         if self.draws:
             self.going_on("pictures", lambda: plots().draw_evaluation(evaluation, truth, diagnosis, self.folder))
+
+    def keep_results(self, work: Callable[[], Any]) -> None:
+        """Write what the script is for: where it cannot be written, that is an error of every rank (collective)."""
+
+        def write() -> None:
+            try:
+                work()
+            except OSError as error:
+                raise InputError(
+                    f"The results could not be written to {self.folder} ({error.strerror or error}). Free some space, "
+                    "or name another folder with --save-dir."
+                ) from None
+
+        on_main(self.accelerator, write)
 
     def close(self) -> None:
         """Finish the watch and the logs."""

@@ -47,15 +47,12 @@ class Results:
                 writer.writeheader()
                 writer.writerows(rows)
 
-    def evaluation(
-        self, evaluation: Evaluation, truth: dict[str, Any], tide: dict[str, float] | None, subset: bool
-    ) -> None:
+    def evaluation(self, evaluation: Evaluation, truth: dict[str, Any], subset: bool) -> None:
         """metrics.json, predictions.json and ground_truth.json, unrounded.
 
         Args:
             evaluation: what was found.
             truth: COCO ground truth.
-            tide: AP50 lost by kind of error, where it was measured.
             subset: whether only a part of the split was evaluated; the metrics then go by other names.
         """
         if not self.writes:
@@ -63,7 +60,6 @@ class Results:
         prefix = "subset_" if subset else ""
         metrics: dict[str, Any] = {f"{prefix}{name}": value for name, value in evaluation.metrics.items()}
         metrics |= {"per_class": evaluation.per_class, "images": evaluation.images, "boxes": evaluation.boxes}
-        metrics |= {"tide": tide} if tide is not None else {}
         rows = [
             {"image_id": int(row[0]), "category_id": int(row[6]), "bbox": row[1:5], "score": row[5]}
             for row in evaluation.detections.tolist()
@@ -71,6 +67,12 @@ class Results:
         self.write("predictions.json", json.dumps(rows))
         self.write("ground_truth.json", json.dumps(truth))
         self.write("metrics.json", json.dumps(metrics, indent=2))
+
+    def tide(self, tide: dict[str, float]) -> None:
+        """Add AP50 lost by kind of error to metrics.json."""
+        if self.writes:
+            metrics = json.loads((self.folder / "metrics.json").read_text(encoding="utf-8"))
+            self.write("metrics.json", json.dumps(metrics | {"tide": tide}, indent=2))
 
 
 def epoch_row(

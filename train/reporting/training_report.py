@@ -3,6 +3,7 @@
 import platform
 import time
 import unicodedata
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -66,13 +67,19 @@ class TrainingReport(Report):
             self.say("warning: --sync-bn is ignored; it needs several CUDA processes")
         self.say(f"run        {self.folder}")
         self.names = train.data["names"]
-        if self.accelerator.device.type == "cpu" and torch.get_num_threads() > 1:
-            busy = on_main(self.accelerator, lambda: Usage.now().others_since(self.usage))
-            if busy > len(cores()) / 2:
-                self.say(f"warning: {shared_cores(busy, len(cores()), platform.node())}")
+        if shared := on_main(self.accelerator, self._shared_cores):  # collective
+            self.say(f"warning: {shared}")
         if self.draws:
             self.going_on("pictures", self._check_fonts)
             self.going_on("pictures", lambda: plots().draw_labels(train.scanned, self.names, self.folder))
+
+    def _shared_cores(self) -> str:
+        """What it means that others keep the main process's cores busy; empty where they do not, or where it matters
+        little: a process of one thread shares them fairly.
+        """
+        busy = Usage.now().others_since(self.usage)
+        threads = torch.get_num_threads() if self.accelerator.device.type == "cpu" else 1
+        return shared_cores(busy, len(cores()), platform.node()) if threads > 1 and busy > len(cores()) / 2 else ""
 
     def _check_fonts(self) -> None:
         lacking = "".join(c for c in plots().provide_fonts(self.names.values()) if unicodedata.category(c) != "So")
@@ -168,6 +175,10 @@ class TrainingReport(Report):
         if result:
             same = [(image, "") for image in plots().same_images(truth)]
             plots().draw_page(result.detections, truth, same, self.folder / "val_batch.jpg")
+
+    def keep_results(self, work: Callable[[], Any]) -> None:
+        """A training has its weights: results that cannot be written are a warning."""
+        self.going_on("results", work)
 
     def close(self, state: TrainState | None = None) -> None:
         """Finish the trackers, which get the weights of the run, the watch and the logs."""
