@@ -114,6 +114,12 @@ def test_a_resumed_run_is_measured_as_before(tmp_path: Path):
     for changed in (["--val-limit", "5"], ["--max-dets", "1", "10", "300"], ["--split", "test"]):
         with pytest.raises(InputError, match=f"leave out {changed[0]}"):
             parse(TrainConfig, "", [*run, *changed])
+    with pytest.raises(InputError, match="leave out --annotations"):
+        parse(TrainConfig, "", [*run, "--annotations", "truth.json"])
+    measured_by = asdict(TrainConfig(annotations="/old/truth.json")) | {"versions": {}}
+    (tmp_path / "config.json").write_text(json.dumps(measured_by))
+    moved = parse(TrainConfig, "", [*run, "--data", "new.yaml", "--annotations", "new.json"])[0]
+    assert (moved.data, moved.annotations) == ("new.yaml", "new.json")
 
 
 def test_a_checkpoint_in_fp16_is_validated_where_there_is_none(tmp_path: Path, monkeypatch):

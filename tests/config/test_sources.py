@@ -133,6 +133,13 @@ def test_what_people_type_first_is_answered_in_their_words(arguments: list[str],
     assert not any(word in str(error.value).lower() for word in ("pydantic", "tyro", "none", "parse", "traceback"))
 
 
+def test_no_flag_is_named_that_a_script_has_not():
+    with pytest.raises(InputError) as error:
+        parse(ValConfig, "", ["--batch-size", "8"])
+    assert "instead: --batch" not in str(error.value)
+    assert "--val-batch" in str(error.value)
+
+
 def test_a_file_of_options_is_held_to_types_in_words(tmp_path: Path):
     (tmp_path / "args.yaml").write_text("epochs: many\nmax_dets: [1, 2]\nrect: 7\noptimizer: Lion\nclasses: {a: b}\n")
     with pytest.raises(InputError) as error:

@@ -47,8 +47,9 @@ def left_in(temporary: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("delay", [0.25, 0.9, 1.6])
-def test_ctrl_c_while_modules_are_imported(tmp_path: Path, temporary: Path, delay: float):
-    process = begin(tmp_path, temporary, DETECT, *QUICK)
+@pytest.mark.parametrize("launcher", [[], ["-m", "train.processes.launcher", "--cpus", "1", "--"]])
+def test_ctrl_c_while_modules_are_imported(tmp_path: Path, temporary: Path, delay: float, launcher: list[str]):
+    process = begin(tmp_path, temporary, *launcher, DETECT, *QUICK, PYTHONPATH=str(ROOT))
     time.sleep(delay)  # seconds, of the two that imports take
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
@@ -80,6 +81,24 @@ def test_a_signal_leaves_a_line_and_nothing_else(
     for rank in range(ranks):
         assert words in (run / "logs" / f"rank{rank}.log").read_text().splitlines()[-1]
     assert (run / "weights" / "state.pt").exists()
+    assert left_in(temporary) == []
+
+
+def test_a_main_thread_that_does_not_listen_is_ended(tmp_path: Path, temporary: Path):
+    """As in a collective or a device's call, where Python runs no handler."""
+    code = (
+        "import torch\nfrom train.processes import signals\nsignals.GRACE = 0.5\nsignals.during_work()\n"
+        "torch.set_num_threads(1)\na = torch.ones(7000, 7000, dtype=torch.float64)\nprint('begun', flush=True)\na @ a"
+    )
+    process = begin(tmp_path, temporary, "-c", code, PYTHONPATH=str(ROOT))
+    assert process.stdout is not None
+    assert process.stdout.readline() == "begun\n"
+    time.sleep(1)
+    sent = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert time.monotonic() - sent < 5  # seconds; the product takes twenty
+    assert (process.returncode, err) == (143, "ended by SIGTERM\n")
     assert left_in(temporary) == []
 
 

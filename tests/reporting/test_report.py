@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from accelerate import Accelerator
 
+from train.config.errors import InputError
 from train.config.options import TrainConfig
 from train.data.formats import Labels
 from train.evaluation.evaluate import Evaluation, measure
@@ -66,6 +67,25 @@ TRUTH = {
 
 def measured(rows: list[list[float]] | None = None) -> Evaluation:
     return measure(TRUTH, np.array(rows or []).reshape(-1, 7), TrainConfig(), Accelerator(cpu=True))
+
+
+def test_a_diagnosis_that_fails_costs_no_result(report: Report, monkeypatch, capsys):
+    def fail(*_: object) -> None:
+        raise ValueError("hotcoco")
+
+    monkeypatch.setattr("train.reporting.report.diagnose", fail)
+    report.evaluation(measured(), TRUTH, TrainConfig())
+    assert (report.folder / "metrics.json").exists()
+    assert "warning: the diagnosis of errors could not be written" in capsys.readouterr().out
+
+
+def test_results_that_cannot_be_written_are_an_error_of_validate(report: Report, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(report.results, "evaluation", full)
+    with pytest.raises(InputError, match=r"results could not be written to .* \(No space left on device\)"):
+        report.evaluation(measured(), TRUTH, TrainConfig())
 
 
 def test_minus_one_is_a_dash_with_a_line_that_says_why():
