@@ -18,7 +18,7 @@ from train.data.files import find_data
 from train.data.loaders import val_loader
 from train.data.sets import ValSet
 from train.evaluation.evaluate import evaluate
-from train.evaluation.truth import read_truth
+from train.evaluation.truth import read_annotations, read_truth
 from train.model.inference import inference_copy
 from train.model.weights import load_detector
 from train.processes.accelerator import resolved, start_processes
@@ -33,7 +33,8 @@ for name, options in cases:
     config = resolved(ValConfig(weights=weights, workers=0, imgsz=160, **options), accelerator)
     config = replace(config, mixed_precision=options.get("mixed_precision", "no"))
     data = find_data(config.data)
-    labels, truth, _ = read_truth(data.images(config.split), data.names, config, accelerator)
+    annotations = read_annotations(config.annotations) if config.annotations else None
+    labels, truth, _ = read_truth(data.images(config.split), data.names, config, accelerator, annotations)
     val_set = ValSet(labels, data.names, 3, config.imgsz, 32, config.rect is not False)
     loader = list(val_loader(val_set, config, accelerator))
     batches.append([name, *gather_object([len(loader)])])

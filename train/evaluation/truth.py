@@ -41,6 +41,7 @@ def ground_truth(
     Raises:
         InputError: the annotation file lacks an image or a class.
     """
+    assert (annotations is not None) == bool(config and config.annotations)
     if config is not None and annotations is not None:
         return _from_annotations(labels, names, config, annotations)
     images: list[dict] = []
