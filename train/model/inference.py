@@ -19,8 +19,7 @@ def inference_copy(
 
     With `losses` it has a criterion, and keeps both branches of an end-to-end head: see `validation_losses`.
     """
-    # Ultralytics' NMS uses torchvision only if it is already imported, which takes 1.2 s: not where --help is asked for
-    import torchvision  # noqa: F401
+    import torchvision  # noqa: F401  # Ultralytics' NMS uses it only if it is there; `start_processes` has imported it
 
     # Contiguous first: fusing sums in memory order, and a checkpoint's weights come back contiguous.
     model = deepcopy(model).float().eval().to(device).to(memory_format=torch.contiguous_format)
