@@ -37,7 +37,7 @@ def start_processes(wanted_precision: Precision | None, trackers: list[str], see
     Raises:
         InputError: fewer devices than processes, a precision the device lacks, or ranks that do not add up.
     """
-    # Before the process group has threads: imported later, as by Ultralytics' NMS, a rank in four aborts when it exits.
+    # Before the process group has threads: imported later, one run of four ranks in four ended in an abort.
     # Not at the top of the file, for it takes 1.2 s, which --help and most mistakes need not wait for.
     import torchvision  # noqa: F401
 
