@@ -32,7 +32,8 @@ from torch import distributed
 
 from train.config.errors import InputError
 from train.config.options import Precision
-from train.processes.devices import Usage, cores, device_type, local_processes, pick_precision, shared_cores
+from train.processes.cores import Usage, core_count, shared_cores
+from train.processes.devices import device_type, local_processes, pick_precision
 from train.processes.files import check_folder
 
 PACKAGES = ("torch", "torchvision", "accelerate", "ultralytics", "hotcoco", "pycocotools", "wandb")
@@ -82,7 +83,7 @@ def facts(options: Options) -> Facts:
         except PackageNotFoundError:
             seen[name] = "not installed"
     seen["python"] = platform.python_version()
-    seen["cores"] = len(cores())
+    seen["cores"] = core_count()
     before = Usage.now()
     time.sleep(BUSY)
     seen["busy with others"] = Usage.now().others_since(before)
@@ -102,8 +103,6 @@ def facts(options: Options) -> Facts:
     try:
         precision, reason = pick_precision(options.mixed_precision, kind)
         seen |= {"precision": f"{precision} ({reason})", "precision fault": ""}
-        if precision == "bf16" and kind == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-            seen["precision fault"] = f"bf16 was asked for, which {seen['name']} does not compute. Say fp16, or auto."
     except InputError as error:
         seen |= {"precision": "none", "precision fault": str(error)}
     return seen

@@ -14,6 +14,7 @@ from train.processes import early  # noqa: F401  # first, see there
 # isort: split
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from accelerate import Accelerator
 from train.config.errors import InputError
 from train.config.options import FROM_CHECKPOINT, ValConfig
 from train.config.reading import parse, typed
+from train.config.words import printable
 from train.data.files import find_data
 from train.data.loaders import val_loader
 from train.data.scan import check_usable
@@ -33,9 +35,9 @@ from train.model.inference import inference_copy
 from train.model.weights import best_of_run, fetch_weights, load_detector, trained_with
 from train.processes.accelerator import resolved, start_processes
 from train.processes.collectives import on_main, once_per_machine
-from train.processes.devices import device_type
+from train.processes.devices import device_type, lacks
 from train.processes.files import check_file, check_folder, new_folder
-from train.processes.script import run
+from train.processes.script import run, said_once
 from train.reporting.report import Report
 
 
@@ -53,7 +55,9 @@ def main(config: ValConfig) -> None:
     here = Path(best_of_run(config.weights)).is_file()
     weights = once_per_machine(accelerator, lambda: fetch_weights(config.weights, "--weights"))
     if not here:  # it has just been downloaded, and may say what it was trained with
-        config = resolved(parse(ValConfig, __doc__ or "", kept=validated_with)[0], accelerator)
+        with said_once():
+            config = parse(ValConfig, __doc__ or "", kept=validated_with)[0]
+        config = resolved(config, accelerator)
     model, _ = load_detector(weights, config.trust_checkpoint)
     stride = largest_stride(model)
     check_imgsz(config.imgsz, stride)
@@ -103,9 +107,12 @@ def validated_with(config: ValConfig, given: frozenset[str]) -> dict[str, Any]:
     kept = typed(ValConfig, {key: value for key, value in trained.items() if key in FROM_CHECKPOINT}, weights)
     if {"data", "split"} & given:
         kept.pop("annotations", None)  # of that data and split
-    told = os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no"  # the launcher was
-    if told or (kept.get("mixed_precision") == "fp16" and device_type() == "cpu"):  # which has no fp16
+    if os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no":  # the launcher was told
         kept.pop("mixed_precision", None)
+    elif "mixed_precision" not in given and (lacking := lacks(kept.get("mixed_precision") or "no", device_type())):
+        was = f"{weights} was validated in {kept['mixed_precision']}, which {lacking}"
+        print(f"{printable(was)}; --mixed-precision auto takes its place", file=sys.stderr)
+        kept["mixed_precision"] = "auto"
     return kept
 
 

@@ -122,7 +122,7 @@ def test_a_resumed_run_is_measured_as_before(tmp_path: Path):
     assert (moved.data, moved.annotations) == ("new.yaml", "new.json")
 
 
-def test_a_checkpoint_in_fp16_is_validated_where_there_is_none(tmp_path: Path, monkeypatch):
+def test_a_checkpoint_in_fp16_is_validated_where_there_is_none(tmp_path: Path, monkeypatch, capsys):
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -130,4 +130,9 @@ def test_a_checkpoint_in_fp16_is_validated_where_there_is_none(tmp_path: Path, m
     model, _ = build_model(trained, "yolov8n.yaml", {0: "a"}, 3)
     torch.save(as_checkpoint(model, asdict(trained), 0, {}), tmp_path / "best.pt")
     config, _ = parse(ValConfig, "", ["--weights", "~/best.pt"], validated_with)
-    assert (config.mixed_precision, config.imgsz) == (None, 96)
+    assert (config.mixed_precision, config.imgsz) == ("auto", 96)
+    said = f"{tmp_path}/best.pt was validated in fp16, which the CPU does not compute; --mixed-precision auto takes"
+    assert capsys.readouterr().err.startswith(said)
+    config, _ = parse(ValConfig, "", ["--weights", "~/best.pt", "--mixed-precision", "fp16"], validated_with)
+    assert config.mixed_precision == "fp16"  # asked for; start_processes refuses it
+    assert capsys.readouterr().err == ""

@@ -11,7 +11,7 @@ from train.config.errors import InputError
 from train.config.options import TrainConfig
 from train.data.formats import Labels
 from train.evaluation.evaluate import Evaluation, measure
-from train.processes.devices import Usage, shared_cores
+from train.processes.cores import Usage, shared_cores
 from train.reporting import lines
 from train.reporting.console import Log
 from train.reporting.report import Report

@@ -1,6 +1,5 @@
 """Loaders: the batches of the data sets, dealt to the ranks whole."""
 
-import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +9,7 @@ from torch.utils.data import DataLoader
 
 from train.config.options import EvalConfig
 from train.data.sets import Images, TrainSet, ValSet
-from train.processes.devices import local_processes
+from train.processes.cores import cores_of_rank
 
 
 class Positions:
@@ -33,7 +32,7 @@ class Positions:
 
 
 def _loader(dataset: Images, batch_sampler: Any, config: EvalConfig, accelerator: Accelerator) -> DataLoader:
-    workers = min(config.workers, (os.cpu_count() or 1) // local_processes())
+    workers = min(config.workers, cores_of_rank())
     loader: DataLoader = DataLoader(
         dataset,
         batch_sampler=batch_sampler,

@@ -1,7 +1,6 @@
 """The labels of a split, read by all ranks together, and what is left out of it."""
 
 import hashlib
-import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -18,6 +17,7 @@ from train.config.errors import InputError
 from train.config.options import EvalConfig
 from train.config.words import printable
 from train.data.formats import Labels, read_image
+from train.processes.cores import cores_of_rank
 
 LONGEST = 1000  # characters of what is said of one file
 Counted = Callable[[Iterable[Any], int], Iterable[Any]]
@@ -56,7 +56,7 @@ def scan(
     if len(set(gather_object([hash_of(files)]))) > 1:
         raise InputError(f"The machines do not see the same files: here {len(files)} images, first {files[0]}.")
     label_files, ids = img2label_paths(files), image_ids(files)
-    with ThreadPool(min(8, os.cpu_count() or 1)) as pool:
+    with ThreadPool(max(min(8, cores_of_rank()), 1)) as pool:
         read = pool.imap(
             lambda i: (i, read_image(files[i], label_files[i], ids[i], classes)),
             share,

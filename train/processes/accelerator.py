@@ -16,12 +16,15 @@ from accelerate.utils import (
     gather_object,
     set_seed,
 )
+from torch.nn.parallel import DistributedDataParallel
 
 from train.config.errors import InputError
 from train.config.options import C, Precision
 from train.processes.devices import (
+    YES,
     check_devices,
     device_type,
+    lacks,
     launched,
     local_processes,
     pick_precision,
@@ -48,12 +51,7 @@ def start_processes(wanted_precision: Precision | None, trackers: list[str], see
             raise InputError(
                 f"--trackers names {tracker}, which is not installed: pip install {tracker}, or leave it out."
             )
-    compiler = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "NO")
-    if compiler.upper() != "NO":
-        raise InputError(
-            f"The launcher asks for torch.compile (dynamo_backend: {compiler}), which would compile for minutes at "
-            "each size of a batch. Take it out of Accelerate's default_config.yaml, or name another with --config_file."
-        )
+    check_launcher()
     if launched("WORLD_SIZE", 1) > 1 and not os.environ.get("MASTER_ADDR"):
         raise InputError(
             "WORLD_SIZE says that a launcher has started several processes, but MASTER_ADDR is not set. Start the "
@@ -68,7 +66,7 @@ def start_processes(wanted_precision: Precision | None, trackers: list[str], see
         log_with=trackers or None,
         project_config=ProjectConfiguration(logging_dir="."),  # the run's folder, once the ranks have agreed on it
         # Ranks may hold different numbers of validation batches; training batches are dealt out evenly by number.
-        dataloader_config=DataLoaderConfiguration(even_batches=False, non_blocking=True),
+        dataloader_config=DataLoaderConfiguration(even_batches=False, non_blocking=device == "cuda"),
         kwargs_handlers=[
             DistributedDataParallelKwargs(find_unused_parameters=False, gradient_as_bucket_view=True),
             InitProcessGroupKwargs(timeout=timedelta(minutes=30)),
@@ -98,7 +96,43 @@ def resolved(config: C, accelerator: Accelerator) -> C:
         and platform.machine() in ("x86_64", "AMD64")
         and torch.backends.mkldnn.is_available()
     )
-    if getattr(config, "val_precision", None) == "fp16" and accelerator.device.type == "cpu":
-        raise InputError("--val-precision is fp16, which the CPU does not compute. Say bf16 or no.")
+    val_precision = getattr(config, "val_precision", None) or "no"
+    if lacking := lacks(val_precision, accelerator.device.type):
+        raise InputError(f"--val-precision is {val_precision}, which {lacking}. Say another, or leave it out.")
     channels_last = fast if config.channels_last is None else config.channels_last
     return replace(config, mixed_precision=accelerator.mixed_precision, channels_last=channels_last)
+
+
+def check_launcher() -> None:
+    """Raise InputError where the launcher asks for what these scripts do not do: it would change the loss, or nothing.
+
+    Accelerate's default configuration, which anybody's `accelerate config` may have written, counts wherever
+    `accelerate launch` is typed without --config_file.
+    """
+    mend = "Take it out of Accelerate's default_config.yaml, or name another with --config_file."
+    compiler = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "NO")
+    if compiler.upper() != "NO":
+        raise InputError(
+            f"The launcher asks for torch.compile (dynamo_backend: {compiler}), which would compile for minutes at "
+            f"each size of a batch. {mend}"
+        )
+    for name in ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() in YES:
+            raise InputError(f"The launcher asks for {name}; these scripts train by data parallelism (DDP). {mend}")
+    steps = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    if steps not in ("1", "auto"):
+        raise InputError(
+            f"The launcher asks for gradient_accumulation_steps: {steps}, which would divide the loss. Say --nbs "
+            f"(images in one step) to the script instead. {mend}"
+        )
+
+
+def without_buffer_broadcast(model: torch.nn.Module) -> torch.nn.Module:
+    """The model that Accelerate prepared, without DDP's broadcast of all buffers before each forward.
+
+    It changes no number: a forward in training reads no running statistics, and before validation the ranks get the
+    main process's. Not as an argument of DDP's constructor, which would leave out the first broadcast, too.
+    """
+    if isinstance(model, DistributedDataParallel):
+        model.broadcast_buffers = False
+    return model

@@ -3,10 +3,7 @@
 import os
 import resource
 import sys
-import time
-from dataclasses import dataclass
 
-import psutil
 import torch
 
 from train.config.errors import InputError
@@ -36,42 +33,6 @@ def device_type() -> str:
     if value in YES or not torch.accelerator.is_available():
         return "cpu"
     return torch.accelerator.current_accelerator().type  # type: ignore[union-attr]
-
-
-def cores() -> list[int]:
-    """The cores that this process may use."""
-    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
-
-
-@dataclass(frozen=True)
-class Usage:
-    """How long the cores have been in use at one moment, in seconds."""
-
-    clock: float
-    busy: float  # all cores that this process may use, by anybody
-    own: float  # by this process
-
-    @classmethod
-    def now(cls) -> "Usage":
-        """Read the counters."""
-        every = psutil.cpu_times(percpu=True)
-        mine = [every[core] for core in cores() if core < len(every)]
-        idle = sum(times.idle + getattr(times, "iowait", 0) for times in mine)
-        return cls(time.perf_counter(), sum(map(sum, mine)) - idle, time.process_time())
-
-    def others_since(self, before: "Usage") -> float:
-        """Cores that others have kept busy: neither this process nor its fellow ranks, which do as much as this one."""
-        own = (self.own - before.own) * local_processes()
-        return max(self.busy - before.busy - own, 0) / max(self.clock - before.clock, 1e-9)
-
-
-def shared_cores(busy: float, number: int, host: str) -> str:
-    """What it means that other processes keep so many of the cores busy, and the mend."""
-    return (
-        f"Other processes keep {busy:.1f} of the {number} cores of {host} busy. Threads of two trainings on the same "
-        "cores wait for each other, many times slower than one after the other. Let one end first, give each cores of "
-        "its own (taskset -c 0-3 …), or set OMP_NUM_THREADS=1 for both."
-    )
 
 
 def check_devices(wanted: int, device: str) -> None:
@@ -104,7 +65,11 @@ def pick_precision(wanted: Precision | None, device: str) -> tuple[str, str]:
 
     `auto` is bf16 where the hardware computes it, fp16 on CUDA devices that have tensor cores but no bf16 (T4, V100),
     else fp32.
+
+    Raises:
+        InputError: the device lacks the precision that was asked for.
     """
+    name, capability = _card() if device == "cuda" else ("", (0, 0))
     if wanted is None:
         launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
         if launcher not in ("bf16", "fp16", "no"):
@@ -115,8 +80,7 @@ def pick_precision(wanted: Precision | None, device: str) -> tuple[str, str]:
     elif wanted != "auto":
         reason = "asked for"
     elif device == "cuda":
-        name, capability = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
-        if torch.cuda.is_bf16_supported(including_emulation=False):
+        if not lacks("bf16", device):
             wanted, reason = "bf16", f"{name} computes bf16"
         elif capability >= (7, 0):
             wanted, reason = "fp16", f"{name} computes fp16 fast but has no bf16"
@@ -126,10 +90,32 @@ def pick_precision(wanted: Precision | None, device: str) -> tuple[str, str]:
         wanted, reason = "bf16", "this CPU computes bf16"
     else:
         wanted, reason = "no", f"this {device.upper()} has no fast bf16"
-    if wanted == "fp16" and device == "cpu":
-        raise InputError("--mixed_precision is fp16, which the CPU does not compute. Say bf16, no or auto.")
     assert wanted is not None
+    if lacking := lacks(wanted, device):
+        raise InputError(f"--mixed_precision is {wanted}, which {lacking}. Say --mixed_precision auto.")
     return wanted, reason
+
+
+def lacks(precision: str, device: str) -> str:
+    """Why this rank's device does not compute in this precision, as the end of a sentence; empty where it does."""
+    if precision == "fp16" and device == "cpu":
+        return "the CPU does not compute"
+    # PyTorch says that older cards have bf16, too: it emulates it, slowly, and cuDNN may refuse it.
+    if precision == "bf16" and device == "cuda" and not torch.version.hip:
+        name, capability = _card()
+        if capability < (8, 0):
+            return f"{name} does not compute"
+    return ""
+
+
+def own_gpu() -> int:
+    """Index of the GPU that this rank will use; it is known before Accelerate makes it the current one."""
+    return launched("LOCAL_RANK", 0) % max(torch.cuda.device_count(), 1)
+
+
+def _card() -> tuple[str, tuple[int, int]]:
+    """Name and capability of this rank's GPU."""
+    return torch.cuda.get_device_name(own_gpu()), torch.cuda.get_device_capability(own_gpu())
 
 
 def _cpu_has_fast_bf16() -> bool:

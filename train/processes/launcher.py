@@ -19,6 +19,7 @@ import torch
 
 import train
 from train.config.errors import InputError
+from train.processes.cores import core_count
 from train.processes.devices import check_devices, device_type, visible
 from train.processes.scratch import clean_up
 
@@ -39,7 +40,7 @@ def launch_options(gpus: int | None, cpus: int | None) -> tuple[dict[str, str], 
         if number is not None and number < 1:
             raise InputError(f"{name} is {number}; it must be 1 or more.")
     if cpus is not None:
-        threads = os.environ.get("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // cpus, 1)))
+        threads = os.environ.get("OMP_NUM_THREADS", str(max(core_count() // cpus, 1)))
         environment = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": threads}
         return environment, _options("multi_cpu.yaml", cpus)
     device = device_type()

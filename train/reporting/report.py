@@ -85,7 +85,9 @@ class Report:
         backend = f", {accelerator.state.backend}" if ranks > 1 else ""
         order = ", channels-last" if config.channels_last else ""
         self.say(f"processes  {processes(ranks)} on {name}{threads}{backend}")
-        self.say(f"precision  {accelerator.mixed_precision.replace('no', 'fp32')} ({precision}){order}")
+        tf32 = device == "cuda" and accelerator.mixed_precision == "no" and torch.cuda.is_tf32_supported()
+        name = accelerator.mixed_precision.replace("no", "fp32, TF32 in convolutions" if tf32 else "fp32")
+        self.say(f"precision  {name} ({precision}){order}")
 
     def reading(self, images: Iterable[Any], total: int) -> Iterator[Any]:
         """The images whose labels this rank reads, under a bar on a terminal."""

@@ -14,7 +14,7 @@ from train.data.formats import Labels
 from train.data.sets import TrainSet
 from train.evaluation.evaluate import Evaluation
 from train.processes.collectives import on_main
-from train.processes.devices import Usage, cores, shared_cores
+from train.processes.cores import Usage, core_count, shared_cores
 from train.reporting import lines
 from train.reporting.report import Report, plots
 from train.reporting.results import epoch_row
@@ -79,7 +79,8 @@ class TrainingReport(Report):
         """
         busy = Usage.now().others_since(self.usage)
         threads = torch.get_num_threads() if self.accelerator.device.type == "cpu" else 1
-        return shared_cores(busy, len(cores()), platform.node()) if threads > 1 and busy > len(cores()) / 2 else ""
+        cores = core_count()
+        return shared_cores(busy, cores, platform.node()) if threads > 1 and busy > cores / 2 else ""
 
     def _check_fonts(self) -> None:
         lacking = "".join(c for c in plots().provide_fonts(self.names.values()) if unicodedata.category(c) != "So")
