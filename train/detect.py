@@ -34,7 +34,7 @@ from train.model.build import ModelEMA, build_model, check_imgsz, largest_stride
 from train.model.inference import inference_copy
 from train.model.loss import build_criterion, end_of_epoch
 from train.model.weights import fetch_weights, load_detector
-from train.processes.accelerator import resolved, start_processes
+from train.processes.accelerator import resolved, start_processes, without_buffer_broadcast
 from train.processes.collectives import on_main, once_per_machine, sync_from_main
 from train.processes.files import check_file, check_folder, new_folder
 from train.processes.script import run
@@ -101,6 +101,7 @@ def main(config: TrainConfig) -> None:
     val_set = ValSet(val_labels, data.names, data.channels, config.imgsz, stride, config.rect is not False)
     schedule = Schedule(config, images=len(train_set), classes=len(data.names))
     model, optimizer = accelerator.prepare(model, build_optimizer(model, schedule))
+    model = without_buffer_broadcast(model)
     train_batches, positions = train_loader(train_set, schedule.batches, accelerator)
     val_batches = val_loader(val_set, config, accelerator)
     state = TrainState(detector, model, ema, optimizer, accelerator.scaler)
@@ -140,10 +141,11 @@ def main(config: TrainConfig) -> None:
             evaluated = inference_copy(ema.ema, accelerator.device, config.memory_format, losses=True)
             result = evaluate(evaluated, report.watched(val_batches, "validating"), truth, validated, accelerator)
             state.note(result)  # is it the best so far?
+            del evaluated  # a copy in the device's memory
             if state.best_epoch == epoch:
                 best = result
-        # Your own code for an epoch goes here. `result` has the metrics and detections of all ranks; it is None where
-        # the epoch was not validated (--val-interval).
+        # Your own code for an epoch goes here. `result` has the metrics of all ranks, and, on the main process alone,
+        # the detections of all ranks; it is None where the epoch was not validated (--val-interval).
         report.epoch(state, result, truth, last=ends)
         on_main(accelerator, partial(state.save, validated, result, weights))
         if no_time_left:

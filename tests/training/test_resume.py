@@ -1,5 +1,6 @@
 """Going on with a run: each case does the right thing or says what to type; nothing is done or written for nothing."""
 
+import copy
 import hashlib
 import json
 import os
@@ -9,11 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from tests.conftest import DETECT, ROOT
+from tests.conftest import DETECT, ROOT, succeed
 from train.config.errors import InputError
 from train.config.options import TrainConfig
-from train.training.state import read_state
+from train.training.state import TrainState, read_state
 
 
 def hashes(folder: Path) -> dict[str, str]:
@@ -81,3 +83,42 @@ def test_a_run_in_a_read_only_folder_says_how_to_copy_it(runs, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: str(run) not in str(path) and allowed(path, mode))
     with pytest.raises(InputError, match=r"cannot be written to. Copy it and go on in the copy: mkdir -p .*cp -r "):
         read_state(TrainConfig(resume=str(run), epochs=3))
+
+
+@pytest.mark.parametrize("saved_in", [torch.contiguous_format, torch.channels_last])
+def test_moments_follow_the_memory_order_and_the_device_of_the_weights(saved_in: torch.memory_format):
+    """A fused step pairs moments and weights by their place in memory, and `fused` belongs to the device."""
+    torch.manual_seed(0)
+    weight, gradients = torch.randn(8, 4, 3, 3), torch.randn(2, 8, 4, 3, 3)
+
+    def start(order: torch.memory_format, fused: bool) -> tuple[torch.nn.Parameter, torch.optim.Optimizer]:
+        parameter = torch.nn.Parameter(weight.clone(memory_format=order))
+        return parameter, torch.optim.AdamW([parameter], lr=0.1, fused=fused)
+
+    def step(parameter: torch.nn.Parameter, optimizer: torch.optim.Optimizer, i: int) -> None:
+        parameter.grad = torch.empty_like(parameter).copy_(gradients[i])
+        optimizer.step()
+
+    whole, optimizer = start(torch.channels_last, True)
+    for i in range(2):
+        step(whole, optimizer, i)
+    first, optimizer = start(saved_in, False)
+    step(first, optimizer, 0)
+    saved = copy.deepcopy(optimizer.state_dict())
+    resumed, optimizer = start(torch.channels_last, True)
+    resumed.data.copy_(first.data)
+    model = torch.nn.Module()
+    TrainState(model, model, model, optimizer, None)._load_optimizer(saved)  # type: ignore[arg-type]
+    assert optimizer.param_groups[0]["fused"] is True
+    assert optimizer.state[resumed]["exp_avg"].stride() == resumed.stride()
+    step(resumed, optimizer, 1)
+    assert (resumed - whole).abs().max() < 1e-6
+
+
+def test_a_run_with_the_local_loss_norm_goes_on(shapes: Path, tmp_path: Path):
+    """Finding 5 of a review: the criterion had been made with the first loss, which a resumed run has not seen yet."""
+    run = ["--data", shapes, "--model", "yolov10n.yaml", "--imgsz", 32, "--batch", 20, "--nbs", 20, "--workers", 0]
+    run += ["--trackers", "none", "--no-plots", "--local-loss-norm", "--val-limit", 2]
+    succeed(1, DETECT, *run, "--epochs", 1, cwd=tmp_path)
+    console = succeed(1, DETECT, "--resume", "runs/detect/exp", "--epochs", 2, cwd=tmp_path)
+    assert "epoch 2/2  train" in console

@@ -5,6 +5,7 @@ Arguments: weights, a JSON list of [name, options of ValConfig], and the folder 
 
 import json
 import sys
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -38,14 +39,15 @@ for name, options in cases:
     val_set = ValSet(labels, data.names, 3, config.imgsz, 32, config.rect is not False)
     loader = list(val_loader(val_set, config, accelerator))
     batches.append([name, *gather_object([len(loader)])])
-    copy = inference_copy(model, accelerator.device, config.memory_format, losses=True)
+    other = deepcopy(model)
+    if name == "weights" and rank == accelerator.num_processes - 1:
+        next(other.parameters()).data[0] += 1e-7
+    copy = inference_copy(other, accelerator.device, config.memory_format, losses=True)
     broken = ""
     if name == "missing" and rank == accelerator.num_processes - 1:
         loader = loader[:-1]
     if name == "twice" and rank == 0:
         loader.append(loader[0])
-    if name == "weights" and rank == accelerator.num_processes - 1:
-        next(copy.parameters())[0] += 1e-7
     try:
         result = evaluate(copy, loader, truth, config, accelerator)
     except RuntimeError as error:

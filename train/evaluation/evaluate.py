@@ -4,7 +4,6 @@
 (image id, x, y, width, height, score, category id): x, y is the top left corner, in pixels of the original image.
 """
 
-import hashlib
 import time
 from collections import Counter
 from collections.abc import Iterable
@@ -27,7 +26,7 @@ STAGES = ("data", "inference", "postprocess", "gather", "metric")
 
 @dataclass
 class Evaluation:
-    """What was found. Every rank holds the same."""
+    """What was found. Every rank holds the same, but the detections: they are the main process's alone."""
 
     metrics: dict[str, float]  # COCO's twelve, by METRICS; P, R, F1; -1 where there is nothing to measure
     per_class: dict[str, dict[str, float]]  # images, boxes, P, R, F1, AP50, AP75, AP by class name
@@ -54,7 +53,7 @@ class _Laps:
 
     def end(self, stage: str) -> None:
         """Everything since the end of the last stage was this one."""
-        if self.waits:  # costs nothing: the next thing on the host, NMS or the gather, waits for the device anyway
+        if self.waits and stage == "inference":  # costs nothing: the next thing on the host, NMS, waits anyway
             torch.accelerator.synchronize()
         now = time.perf_counter()
         self.seconds[stage] += now - self.last
@@ -96,7 +95,7 @@ def evaluate(
         found += boxes
         laps.end("postprocess")
     shard = {
-        "weights": _digest(model),
+        "weights": model.digest,
         "ids": ids,
         "counts": [len(boxes) for boxes in found],
         "boxes": torch.cat(found).cpu().numpy() if found else np.zeros((0, 6), np.float32),  # the one copy to the host
@@ -110,7 +109,8 @@ def evaluate(
         raise RuntimeError("The ranks evaluated different weights: " + ", ".join(shard["weights"] for shard in shards))
     means = _mean_losses([batch for shard in shards for batch in shard["losses"]])
     categories = np.array([category["id"] for category in truth["categories"]], dtype=np.float64)
-    rows = _as_rows(shards, categories)
+    main = accelerator.is_main_process  # nobody else needs them
+    rows = _as_rows(shards, categories) if main else np.zeros((0, 7))
     del shard, shards
     laps.end("gather")
     result = measure(truth, rows, config, accelerator)
@@ -141,14 +141,6 @@ def measure(truth: dict[str, Any], rows: np.ndarray, config: EvalConfig, acceler
         pr = {name: float(values[k, best]) for name, values in zip(AT_BEST, by_confidence, strict=True)}
         per_class[category["name"]] = {"images": images[category["id"]], "boxes": boxes[category["id"]]} | pr | ap
     return Evaluation(metrics, per_class, curves, len(truth["images"]), len(truth["annotations"]), detections=rows)
-
-
-def _digest(model: torch.nn.Module) -> str:
-    """A hash of the weights and buffers that are evaluated."""
-    digest = hashlib.sha256()
-    for tensor in model.state_dict().values():
-        digest.update(tensor.contiguous().cpu().numpy().data)
-    return digest.hexdigest()[:16]
 
 
 def _mean_losses(batches: list[tuple[int, int, list[float]]]) -> list[float]:

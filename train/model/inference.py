@@ -1,5 +1,6 @@
 """A model as it is evaluated: a fused copy, its detections decoded and suppressed in fp32, its validation losses."""
 
+import hashlib
 from copy import deepcopy
 from typing import Any
 
@@ -17,10 +18,12 @@ def inference_copy(
 ) -> DetectionModel:
     """A copy for evaluation: fp32, convolution and BatchNorm fused, raw head outputs (see `detect`).
 
+    Its `digest` tells whether the ranks evaluate the same weights.
     With `losses` it has a criterion, and keeps both branches of an end-to-end head: see `validation_losses`.
     """
     import torchvision  # noqa: F401  # Ultralytics' NMS uses it only if it is there; `start_processes` has imported it
 
+    digest = _digest(model)
     # Contiguous first: fusing sums in memory order, and a checkpoint's weights come back contiguous.
     model = deepcopy(model).float().eval().to(device).to(memory_format=torch.contiguous_format)
     head = model.model[-1]
@@ -34,7 +37,16 @@ def inference_copy(
     model = model.to(memory_format=memory_format)
     criterion = build_criterion(model) if losses else None
     model.criterion = criterion.one2one if isinstance(criterion, E2ELoss) else criterion
+    model.digest = digest
     return model
+
+
+def _digest(model: torch.nn.Module) -> str:
+    """A hash of the weights and buffers; before they are fused, which need not give the same bits on every GPU."""
+    digest = hashlib.sha256()
+    for tensor in model.state_dict().values():
+        digest.update(tensor.contiguous().cpu().numpy().data)
+    return digest.hexdigest()[:16]
 
 
 def validation_losses(raw: dict[str, Any], model: DetectionModel, batch: dict[str, Any]) -> Tensor:
@@ -51,7 +63,8 @@ def validation_losses(raw: dict[str, Any], model: DetectionModel, batch: dict[st
 
 
 def _fp32(raw: dict[str, Any]) -> dict[str, Any]:
-    return {"boxes": raw["boxes"].float(), "scores": raw["scores"].float(), "feats": [x.float() for x in raw["feats"]]}
+    feats = [x[:0].float() for x in raw["feats"]]  # of which only size and type are used
+    return {"boxes": raw["boxes"].float(), "scores": raw["scores"].float(), "feats": feats}
 
 
 def detect(raw: dict[str, Any], model: DetectionModel, conf: float, iou: float, max_det: int) -> list[Tensor]:
@@ -69,7 +82,10 @@ def detect(raw: dict[str, Any], model: DetectionModel, conf: float, iou: float, 
     head = model.model[-1]
     if "one2many" in raw:
         raw = raw["one2one"] if head.end2end else raw["one2many"]
-    predictions = head._inference(_fp32(raw))
+    cudnn = torch.backends.cudnn
+    # The decoding has a convolution (DFL), for which cuDNN would take TF32, of a mantissa of ten bits: up to 0.2 px.
+    with cudnn.flags(cudnn.enabled, cudnn.benchmark, deterministic=cudnn.deterministic, allow_tf32=False):
+        predictions = head._inference(_fp32(raw))
     if head.end2end:
         head.max_det = max_det
         predictions = head.postprocess(predictions.permute(0, 2, 1))

@@ -79,6 +79,7 @@ def train_one_epoch(
             losses, items = state.detector.loss(batch, predictions)
             # Ultralytics' loss is a sum over the images; DDP takes the mean of the ranks' gradients.
             accelerator.backward(losses.sum() * accelerator.num_processes)
+        del predictions, losses  # else they would live through the next forward
         meter.add(items, batch["im_file"])
         if steps_now:
             schedule.apply(optimizer, epoch, ni)

@@ -58,8 +58,7 @@ class Window:
 class ForwardClock:
     """Seconds that the model's own forward takes on this rank, without what it waits for other ranks.
 
-    The wrapping of DDP waits for the main process's buffers before it calls the model, so hooks on the model itself
-    stop the time; on CUDA by events, which the host does not wait for.
+    Hooks on the model itself stop the time, on CUDA by events, which the host does not wait for.
     """
 
     def __init__(self, model: nn.Module, device: torch.device):

@@ -91,7 +91,7 @@ class TrainState:
             self.detector.load_state_dict(saved.pop("model"))
             self.ema.ema.load_state_dict(saved.pop("ema"))
             self.ema.updates = saved.pop("updates")
-            self.optimizer.load_state_dict(saved.pop("optimizer"))
+            self._load_optimizer(saved.pop("optimizer"))
             if (scaler := saved.pop("scaler")) and self.scaler:
                 self.scaler.load_state_dict(scaler)
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError):
@@ -102,6 +102,18 @@ class TrainState:
             setattr(self, name, saved.pop(name))
         for _ in range(self.epoch + 1):
             end_of_epoch(self.detector)
+
+    def _load_optimizer(self, saved: dict[str, Any]) -> None:
+        """The moments as the device and the memory order of this run have them, wherever they were saved."""
+        for theirs, own in zip(saved["param_groups"], self.optimizer.param_groups, strict=True):
+            if "fused" in own:
+                theirs["fused"] = own["fused"]  # belongs to the device
+        self.optimizer.load_state_dict(saved)
+        # A fused step takes moments and weights for the same elements where they lie at the same place in memory.
+        for parameter, slots in self.optimizer.state.items():
+            for name, value in slots.items():
+                if torch.is_tensor(value) and value.dim() and value.shape == parameter.shape:
+                    slots[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def read_state(config: TrainConfig) -> dict[str, Any]:
