@@ -28,6 +28,7 @@ with contextlib.suppress(OSError):  # a disk without locks; then nobody can tell
 os.environ.setdefault("YOLO_CONFIG_DIR", scratch.name)
 if not os.access(os.path.expanduser("~"), os.W_OK):  # a container's user without a home; matplotlib would say so
     os.environ.setdefault("MPLCONFIGDIR", scratch.name)
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # stacks of C++ on the console when a store or a peer is gone
 os.environ.setdefault("OPENCV_LOG_LEVEL", "OFF")  # a broken image is one line of this project, not five of OpenCV's
 
 if os.environ.get("MPLBACKEND", "").startswith("module://"):  # a notebook's, which scripts in their own Python lack

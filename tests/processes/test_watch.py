@@ -33,11 +33,12 @@ def test_the_verdict_names_who_is_behind_or_silent(monkeypatch):
         one.begin("training", progress=True)
         one.at(4 if rank == 1 else 5, 1, f"forward of batch {5 if rank == 1 else 6}")
     time.sleep(1.5)
-    verdict = ranks[0]._verdict(9)
+    late, verdict = ranks[0]._verdict(9)
+    assert late == "rank 1 did not arrive"
     assert "  rank 1 of 3, at forward of batch 5" in verdict
     assert verdict.count("  rank ") == 1
     ranks[2].close()  # its process no longer runs
-    verdict = ranks[0]._verdict(9)
+    _, verdict = ranks[0]._verdict(9)
     assert "  rank 2 of 3; it does not answer and was last seen at forward of batch 6" in verdict
     assert verdict.count("  rank ") == 1
     ranks[0].close()

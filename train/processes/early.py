@@ -7,7 +7,7 @@ script leaves in the temporary folder from here on lies in one folder, which goe
 import sys
 from pathlib import Path
 
-from train.processes import scratch, signals
+from train.processes import parent, scratch, signals
 
 
 def _is_script() -> bool:
@@ -19,3 +19,4 @@ def _is_script() -> bool:
 if _is_script():
     signals.during_imports()
     scratch.claim()
+    parent.end_with_launcher()

@@ -9,6 +9,7 @@ from train.processes import early  # noqa: F401  # first, see there
 # isort: split
 
 import argparse
+import contextlib
 import logging
 import os
 import signal
@@ -19,8 +20,10 @@ import torch
 
 import train
 from train.config.errors import InputError
+from train.processes import signals, status
 from train.processes.cores import core_count
 from train.processes.devices import check_devices, device_type, visible
+from train.processes.parent import LAUNCHER
 from train.processes.scratch import clean_up
 
 CONFIGS = Path(__file__).resolve().parents[2] / "accelerate_configs"
@@ -69,17 +72,33 @@ def launch(arguments: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     logging.disable(logging.ERROR)  # torchrun's thirty lines behind what the rank has said
+    told = Path(train.scratch.name) / "run"
+    os.environ |= {LAUNCHER: str(os.getpid()), status.TOLD: str(told)}
     try:
         launch_command(launch_command_parser().parse_args(arguments))
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        if failure.exitcode >= 0:
-            return failure.exitcode
-        print(f"error: rank {rank} was ended by {signal.Signals(-failure.exitcode).name}", file=sys.stderr)
-        return 128 - failure.exitcode
+        killed = [rank for rank, failure in error.failures.items() if failure.exitcode < 0]
+        rank = killed[0] if killed else error.get_first_failure()[0]
+        code = error.failures[rank].exitcode
+        reason = f"rank {rank} ended with code {code}"
+        if code < 0:
+            name = signal.Signals(-code).name
+            reason = f"rank {rank} was killed by {name}{', perhaps out of memory' * (name == 'SIGKILL')}"
+            print(f"error: {reason}", file=sys.stderr)
+            code = 128 - code
+        _note(told, "failed", reason, rank)
+        return code
     except SignalException as error:
-        return 128 + error.sigval
+        end = signals.end_by(error.sigval)
+        _note(told, end.state, end.reason, None)
+        return end.code
     return 0
+
+
+def _note(told: Path, state: str, reason: str, rank: int | None) -> None:
+    """Keep in the run's folder how it ended, if it has one and the main process could not do it any more."""
+    with contextlib.suppress(OSError):
+        status.end(Path(told.read_text()), state, reason, rank)
 
 
 def _number(name: str, text: str) -> int | None:

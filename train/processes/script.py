@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import platform
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -16,33 +17,45 @@ from train.config.reading import Kept, parse
 from train.config.words import printable
 from train.processes import signals
 from train.processes.devices import launched
-from train.processes.scratch import clean_up
-from train.processes.watch import is_first, log_stream
+from train.processes.exits import End, leave, note
+from train.processes.logs import log_stream
+from train.processes.parent import LAUNCHER
+from train.processes.store import connect, gone, tell, told
 
 
 def run(main: Callable[[C], None], kind: type[C], description: str, kept: Kept | None = None) -> None:
     """Read the options and run a script's main with them.
 
-    An error is said once: by the rank that failed first, with its number and the path of its log, where the traceback
-    is. What a person can mend is one message. Exit codes: 0 done, 2 bad input, 130 Ctrl-C, 128 + its number for another
-    signal, 1 anything else, a loss that is no longer a number included.
+    However it ends, that is said once: by the rank that was the cause, with its number and the path of its log, where
+    the traceback is; where that could not speak any more, by a rank that is left. What a person can mend is one
+    message. Exit codes: 0 done, 2 bad input, 3 SIGTERM, 130 Ctrl-C, 128 + its number for another signal, 1 anything
+    else, a loss that is no longer a number included.
     """
-    code = 0
     try:
-        signals.during_work()
+        signals.during_work(_ended_by)
         _never_fail_to_print()
-        code = _finished(main, kind, description, kept)
-    except signals.Ended as end:
-        code = signals.exit_code(end.number)
-        logging.getLogger("train").warning(signals.in_words(end.number))
-        _say_first(signals.in_words(end.number))
-    if torch.distributed.is_initialized():  # left open, its threads may abort the process at exit
-        torch.distributed.destroy_process_group()
-    sys.exit(code)
+        end = _ended(main, kind, description, kept)
+    except signals.Ended as signal:
+        logging.getLogger("train").warning(signals.in_words(signal.number))
+        end = _ended_by(signal.number)
+    if end is None:
+        if torch.distributed.is_initialized():  # left open, its threads may abort the process at exit
+            torch.distributed.destroy_process_group()
+        sys.exit(0)
+    if launched("WORLD_SIZE", 1) == 1 and not _tracked():
+        note(end)
+        sys.exit(end.code)
+    leave(end)
 
 
-def _finished(main: Callable[[C], None], kind: type[C], description: str, kept: Kept | None) -> int:
-    """Run it; the exit code."""
+def _tracked() -> bool:
+    """Whether a W&B run is open, which may wait for its server for a minute when Python exits."""
+    return getattr(sys.modules.get("wandb"), "run", None) is not None
+
+
+def _ended(main: Callable[[C], None], kind: type[C], description: str, kept: Kept | None) -> End | None:
+    """Run it; how it ended, if it did not end well."""
+    rank = launched("RANK", 0)
     logging.getLogger("train").addHandler(logging.NullHandler())  # else logging prints what no file takes yet
     try:
         with said_once():
@@ -52,19 +65,71 @@ def _finished(main: Callable[[C], None], kind: type[C], description: str, kept: 
     except (InputError, FloatingPointError) as error:
         message = printable(_own_words(error), newlines=True)
         logging.getLogger("train").error(message)
-        _say_first(f"error: {message}")
-        return 2 if isinstance(error, InputError) else 1
+        code = 2 if isinstance(error, InputError) else 1
+        return _said(End("failed", message, rank, code), f"error: {message}")
     except Exception as error:
         logging.getLogger("train").exception("this rank failed")
-        _say_first(_failure(error))
-        if launched("WORLD_SIZE", 1) > 1:  # nothing that waits for the other ranks may stand in the way of the exit
-            logging.shutdown()
-            with contextlib.suppress(OSError):
-                sys.stdout.flush()
-            clean_up()
-            os._exit(1)
-        return 1
-    return 0
+        if launched("WORLD_SIZE", 1) > 1 and (lost := _lost(error)):
+            return _said(lost, _in_place_of_the_launcher(lost))
+        what = printable(f"{type(error).__name__}: {error}", newlines=True)
+        if isinstance(error, torch.OutOfMemoryError):
+            what = _out_of_memory(error)
+        return _said(End("failed", what, rank, 1), _failure(error, what))
+    return None
+
+
+def _said(end: End, text: str) -> End:
+    """Tell the other ranks how the run ended, and people, unless another rank was first: that one's is the cause."""
+    store = connect()
+    whole, first = tell(end, store)
+    if first and text and (store is not None or os.environ.get("LOCAL_RANK", "0") == "0"):
+        with contextlib.suppress(OSError):  # nobody reads it
+            print(text, file=sys.stderr, flush=True)
+    return whole
+
+
+def _ended_by(number: int) -> End:
+    """What a signal means: that the run is to end, or that the launcher ends it since a rank is gone."""
+    if launched("WORLD_SIZE", 1) > 1 and (lost := _gone()):
+        return _said(lost, _in_place_of_the_launcher(lost))
+    return _said(signals.end_by(number), signals.in_words(number))
+
+
+def _in_place_of_the_launcher(lost: End) -> str:
+    """What is to be said of a rank that was killed: nothing under our launcher, which says it itself."""
+    return "" if LAUNCHER in os.environ else f"error: {lost.reason}"
+
+
+def _gone() -> End | None:
+    """The end of a run of which a rank has been killed: on this machine, and without a word."""
+    store = connect()
+    if end := told(store):
+        return end
+    for rank, process in gone(store).items():
+        ranks = launched("WORLD_SIZE", 1)
+        reason = f"rank {rank} of {ranks} on {platform.node()} is gone (process {process}), perhaps out of memory"
+        return End("failed", reason, rank, 1)
+    return None
+
+
+def _lost(error: Exception) -> End | None:
+    """The end of a run in which this rank has lost the connection to another, which may say itself why."""
+    if not re.search(r"gloo|nccl|[cC]onnection (closed|reset|refused)|[sS]ocket|Broken pipe", f"{type(error)} {error}"):
+        return None
+    end = told(connect(), seconds=2.0) or _gone()
+    if end is None:
+        rank, ranks = launched("RANK", 0), launched("WORLD_SIZE", 1)
+        first = str(error).strip().splitlines()[0][:200]
+        reason = f"rank {rank} of {ranks} on {platform.node()} has lost its connection to another rank: {first}"
+        end = End("failed", printable(reason), rank, 1)
+    return end
+
+
+def _out_of_memory(error: BaseException) -> str:
+    """What does not fit, and which option makes it smaller."""
+    evaluating = any(f"{os.sep}evaluation{os.sep}" in f.filename for f in traceback.extract_tb(error.__traceback__))
+    flag = "--val-batch (validation; it is by process)" if evaluating else "--batch, or --imgsz or the model"
+    return f"the GPU is out of memory ({str(error).splitlines()[0].split('. ')[0]}). Lower {flag}"
 
 
 def _never_fail_to_print() -> None:
@@ -96,21 +161,9 @@ def said_once() -> Iterator[None]:
         yield
 
 
-def _say_first(text: str) -> None:
-    """Say it on standard error, unless another rank has said that it failed: that one's error is the cause."""
-    if torch.distributed.is_initialized():
-        if not is_first("failed"):
-            return
-    elif os.environ.get("LOCAL_RANK", "0") != "0":
-        return
-    with contextlib.suppress(OSError):  # nobody reads it
-        print(text, file=sys.stderr, flush=True)
-
-
-def _failure(error: Exception) -> str:
+def _failure(error: Exception, what: str) -> str:
     """An unforeseen error for the console; the whole traceback where there is no log yet."""
     rank, ranks = launched("RANK", 0), launched("WORLD_SIZE", 1)
-    what = printable(f"{type(error).__name__}: {error}", newlines=True)
     lines = [f"error: rank {rank} of {ranks} on {platform.node()} failed: {what}"]
     if (log := log_stream()) is None:
         return "\n".join(["".join(traceback.format_exception(error)), *lines])

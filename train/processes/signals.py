@@ -5,11 +5,12 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from types import FrameType
 
-from train.processes.scratch import clean_up
+from train.processes.exits import End, end_now
 
-GRACE = 10.0  # seconds that the script has to end by itself
+GRACE = 8.0  # seconds that the script has to end by itself
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -27,8 +28,15 @@ def in_words(number: int) -> str:
 
 
 def exit_code(number: int) -> int:
-    """The exit code of a process that a signal has ended, as shells have it."""
-    return 128 + number
+    """3 for SIGTERM, by which schedulers preempt: the run is to be started again. Else as shells have it."""
+    return 3 if number == signal.SIGTERM else 128 + number
+
+
+def end_by(number: int) -> End:
+    """How the run ended, as far as this process knows."""
+    rank = os.environ.get("RANK", "0")
+    state = "preempted" if number == signal.SIGTERM else "interrupted"
+    return End(state, in_words(number), int(rank) if rank.isdecimal() else 0, exit_code(number))
 
 
 def during_imports() -> None:
@@ -38,8 +46,13 @@ def during_imports() -> None:
             signal.signal(number, lambda number, _: _end(number))
 
 
-def during_work() -> None:
-    """Raise Ended in the main thread; end the process after GRACE seconds where that did not end it."""
+def during_work(explain: Callable[[int], End]) -> None:
+    """Raise Ended in the main thread; end the process after GRACE seconds where that did not end it.
+
+    Args:
+        explain: says, and tells who listens, what the signal means for the run: it may be the consequence of something
+            else.
+    """
     main = os.getpid()
 
     def end(number: int, _: FrameType | None) -> None:
@@ -60,20 +73,19 @@ def during_work() -> None:
     # this thread at once. A worker that is forked from here must not write into the same pipe.
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
-    threading.Thread(target=_backstop, args=(reader, handled), daemon=True).start()
+    threading.Thread(target=_backstop, args=(reader, handled, explain), daemon=True).start()
 
 
-def _backstop(reader: int, handled: list[signal.Signals]) -> None:
+def _backstop(reader: int, handled: list[signal.Signals], explain: Callable[[int], End]) -> None:
     """Wait for a signal, then for GRACE seconds, then end the process, with a line: the main thread has said none."""
     while (number := os.read(reader, 1)[0]) not in handled:
         pass
     time.sleep(GRACE)
-    _end(number)
+    end_now(explain(number))
 
 
 def _end(number: int) -> None:
     if os.environ.get("LOCAL_RANK", "0") == "0":
         with contextlib.suppress(OSError):  # nobody reads it
             os.write(2, f"{in_words(number)}\n".encode())
-    clean_up()
-    os._exit(exit_code(number))
+    end_now(end_by(number))

@@ -1,9 +1,11 @@
 """One thread beside the work of each rank: it breaks long silences, and it ends a run that hangs, saying who and where.
 
-Nothing here is collective. Ranks that hang tell each other where they stand through the store that torch.distributed
-started with, which answers whatever the ranks' main threads do.
+Nothing here is collective. The ranks' threads tell each other where the ranks stand through the store, which answers
+whatever the main threads do. A rank hangs when it makes no progress where progress is expected, or when its thread is
+silent, too: its process is frozen, or its machine is gone. A main process that computes for long is not silent.
 """
 
+import contextlib
 import faulthandler
 import json
 import logging
@@ -13,33 +15,17 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from typing import Any, TextIO
 
-import torch
-
-from train.processes.scratch import clean_up
+from train.processes import status
+from train.processes.exits import BOUND, End, end_now
+from train.processes.logs import log_stream, run_folder
+from train.processes.store import connect, introduce, tell, told
 
 HEARTBEAT = 30.0  # seconds without a line after which silent work is mentioned
 POSTED = 5.0  # seconds between two notes of where a rank stands
+ASKED = 1.0  # seconds between two looks whether another rank has ended the run
 SLOW = 10  # a step may take so many times the slowest so far before it counts as a hang
-
-
-def shared_store() -> Any:
-    """The store that the ranks met at, by a connection of its own; None on one process."""
-    if not torch.distributed.is_initialized():
-        return None
-    store = torch.distributed.distributed_c10d._get_default_store()
-    # The main thread may be blocked inside a call of the store, which would hold that connection.
-    return store.clone() if hasattr(store, "clone") else store
-
-
-def is_first(what: str) -> bool:
-    """Whether this rank is the first to say so; False, too, where the store is gone because others have ended."""
-    try:
-        store = shared_store()
-        return store is None or store.add(f"train/{what}", 1) == 1
-    except RuntimeError:
-        return False
+FAREWELL = BOUND + 1  # seconds in which a rank may end by itself when another has ended the run
 
 
 class Watch:
@@ -60,7 +46,12 @@ class Watch:
         self.place: tuple[int, int, int, str] = (0, 0, 0, "the start")  # piece of work, batch, stage of it, in words
         self.slowest = 0.0
         self.ended = threading.Event()
-        self.store = shared_store()
+        self.heard: tuple[list | None, float] = (None, self.since)  # the next rank's last words, and when they were new
+        self.beaten = self.since  # when status.json was updated
+        self.store = connect()
+        if self.store is not None:
+            with contextlib.suppress(RuntimeError):
+                introduce(self.store)
         self.thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self.thread.start()
 
@@ -82,85 +73,118 @@ class Watch:
         self.silent, self.expected = "", False
 
     def close(self) -> None:
-        """End the thread."""
+        """End the thread; this rank's silence is none from now on."""
         self.ended.set()
         self.thread.join()
+        if self.store is not None:
+            with contextlib.suppress(RuntimeError):
+                self.store.delete_key(f"place/{self.rank}")
 
     # The thread -------------------------------------------------------------------------------------------------------
     def _run(self) -> None:
-        posted, last = 0.0, time.monotonic()
+        posted = asked = 0.0
+        last = time.monotonic()
         while not self.ended.wait(0.25):
             now = time.monotonic()
-            if now - last > POSTED:  # this process was suspended: nobody could make progress
+            if now - last > POSTED:  # this process was suspended: nobody could make progress, and nobody was heard
                 self.last_progress += now - last
+                self.heard = (self.heard[0], self.heard[1] + now - last)
             last, silent = now, self.silent
             if self.rank == 0 and silent and now - max(self.since, self.last_line) >= HEARTBEAT:
                 self.last_line = now
                 self.say(f"still {silent}, {now - self.since:.0f} s")
+            if self.rank == 0 and now - self.beaten >= status.BEAT and (folder := run_folder()) is not None:
+                self.beaten = now
+                status.update(folder)
             if self.expected and self.timeout and now - self.last_progress > max(self.timeout, SLOW * self.slowest):
                 self._hangs(now - self.last_progress)
+            if self.store is not None and now - asked >= ASKED:
+                asked = now
+                self._end_with_the_others()
             if self.store is not None and now - posted >= POSTED:
                 posted = now
                 if self._post("place", ""):  # another rank's time is up
                     self._hangs(now - self.last_progress)
+                elif self.timeout and (silence := self._silence(now)) > self.timeout:
+                    self._hangs(silence)
+
+    def _end_with_the_others(self) -> None:
+        """Another rank has ended the run: this one may be in a collective with it, which does not return."""
+        end = told(self.store)
+        if end is not None and end.rank != self.rank and not self.ended.wait(FAREWELL):
+            end_now(end)
+
+    def _silence(self, now: float) -> float:
+        """Seconds since the next rank's thread has said anything."""
+        words, since = self.heard
+        new = words
+        with contextlib.suppress(RuntimeError):
+            new = self._posted("place", (self.rank + 1) % self.ranks)
+        if new != words or new is None:  # it has not begun yet, or it has closed its watch
+            self.heard = (new, now)
+            return 0.0
+        return now - since
 
     def _post(self, kind: str, frame: str) -> bool:
         """Tell the other ranks where this one stands; whether one of them has sounded the alarm."""
         try:
-            self.store.set(f"train/{kind}/{self.rank}", json.dumps([*self.place, frame, time.time()]))
-            return self.store.check(["train/alarm"])
+            self.store.set(f"{kind}/{self.rank}", json.dumps([*self.place, frame, time.time()]))
+            return self.store.check(["alarm"])
         except RuntimeError:  # the ranks are ending
             self.store = None
             return False
 
     def _hangs(self, seconds: float) -> None:
         """Write every thread's stack to this rank's log, say which ranks did not arrive, and end this process."""
+        end = End("failed", f"no step finished for {seconds:.0f} s (--hang-timeout)", self.rank, 1)
         try:
-            self._tell(seconds)
+            end = self._tell(seconds, end)
         finally:
-            clean_up()
-            os._exit(1)
+            end_now(end)
 
-    def _tell(self, seconds: float) -> None:
+    def _tell(self, seconds: float, end: End) -> End:
         """The stacks to the log, an alarm to the other ranks, and, from the first to notice, the verdict."""
         frames = sys._current_frames()[threading.main_thread().ident or 0]
         ours = [f for f in traceback.extract_stack(frames) if f"{os.sep}train{os.sep}" in f.filename]
         frame = (
             f"{os.path.basename(ours[-1].filename)}:{ours[-1].lineno}, {ours[-1].name}" if ours else "outside train/"
         )
-        logging.getLogger("train").error(
-            f"no step finished for {seconds:.0f} s (--hang-timeout); this rank stands at {self.place[3]} {frame}"
-        )
+        logging.getLogger("train").error(f"{end.reason}; this rank stands at {self.place[3]} {frame}")
         log = log_stream()
         faulthandler.dump_traceback(file=log or sys.stderr, all_threads=True)
+        first = True
         if self.store is not None:
-            self.store.set("train/alarm", "")
-        is_first("failed")  # so that a rank that loses its connection when another ends does not say that it failed
-        if self.store is not None:
+            self.store.set("alarm", "")
             self._post("hang", frame)
-        if self.store is None or is_first("hanging"):
-            print(self._verdict(seconds), file=sys.stderr, flush=True)
-        else:
-            time.sleep(2 * POSTED)  # the process of the first may live on a store that this one holds
+            first = self.store.add("hanging", 1) == 1
+        if not first:  # the process of the first may live on a store that this one holds
+            return told(self.store, 3 * POSTED) or end
+        late, verdict = self._verdict(seconds)
+        end, _ = tell(End("failed", f"{end.reason}; {late}", end.rank, 1), self.store)
+        print(verdict, file=sys.stderr, flush=True)
+        return end
 
     def _posted(self, kind: str, rank: int) -> list | None:
-        key = f"train/{kind}/{rank}"
+        key = f"{kind}/{rank}"
         return json.loads(self.store.get(key)) if self.store.check([key]) else None
 
-    def _verdict(self, seconds: float) -> str:
-        """Which ranks the others wait for: those that do not answer, else those that have come least far."""
+    def _verdict(self, seconds: float) -> tuple[str, str]:
+        """Which ranks the others wait for: those that do not answer, else those that have come least far. In one line,
+        and in all its lines.
+        """
         places: dict[int, list] = {self.rank: [*self.place, "", 0]}
         silent: list[int] = []
         if self.store is not None:
             before = {rank: self._posted("place", rank) for rank in range(self.ranks)}
             time.sleep(1.4 * POSTED)  # in which every rank that lives posts again, or notices the hang itself
             for rank in range(self.ranks):
-                told, place = self._posted("hang", rank), self._posted("place", rank)
-                places[rank] = told or place or [0, 0, 0, "an unknown place", "", 0]
-                if not told and place == before[rank]:
+                hang, place = self._posted("hang", rank), self._posted("place", rank)
+                places[rank] = hang or place or [0, 0, 0, "an unknown place", "", 0]
+                if not hang and place == before[rank]:
                     silent.append(rank)
         least = min(place[:3] for place in places.values())
         late = silent or [rank for rank, place in places.items() if place[:3] == least]
+        some = ", ".join(map(str, late[:8]))
         lines = [f"error: no step finished for {seconds:.0f} s (--hang-timeout {self.timeout:g}). Did not arrive:"]
         for rank in late:
             *_, words, frame, _ = places[rank]
@@ -169,12 +193,4 @@ class Watch:
         if (log := log_stream()) is not None:
             folder = os.path.dirname(log.name)
             lines.append(f"The stacks of all threads are in the ranks' logs in {folder}.")
-        return "\n".join(lines)
-
-
-def log_stream() -> TextIO | None:
-    """This rank's open log file, where there is one."""
-    for handler in logging.getLogger().handlers:
-        if isinstance(handler, logging.FileHandler):
-            return handler.stream  # type: ignore[return-value]
-    return None
+        return f"rank{'s'[: len(late) > 1]} {some} did not arrive", "\n".join(lines)

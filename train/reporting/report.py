@@ -17,8 +17,10 @@ from train.config.errors import InputError
 from train.config.options import EvalConfig
 from train.evaluation.coco import diagnose
 from train.evaluation.evaluate import Evaluation
+from train.processes import status
 from train.processes.collectives import on_main
 from train.processes.devices import processes
+from train.processes.logs import run_folder
 from train.reporting import lines
 from train.reporting.console import Console
 from train.reporting.results import Results
@@ -54,6 +56,8 @@ class Report:
         """Start the rank's log and write config.json, now that all ranks know the run's folder."""
         self.folder = folder
         self.console.open_logs(folder)
+        if self.accelerator.is_main_process:
+            status.begin(folder)
         self.results = Results(folder, self.accelerator.is_main_process)
         self.results.config(config)
         self.draws = config.plots and self.results.writes
@@ -150,4 +154,6 @@ class Report:
     def close(self) -> None:
         """Finish the watch and the logs."""
         self.watch.end()
+        if self.accelerator.is_main_process and (folder := run_folder()) is not None:
+            status.end(folder, "finished")
         self.console.close()

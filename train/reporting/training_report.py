@@ -13,6 +13,7 @@ from train.config.options import TrainConfig
 from train.data.formats import Labels
 from train.data.sets import TrainSet
 from train.evaluation.evaluate import Evaluation
+from train.processes import status
 from train.processes.collectives import on_main
 from train.processes.cores import Usage, core_count, shared_cores
 from train.reporting import lines
@@ -97,6 +98,8 @@ class TrainingReport(Report):
         """Start the epoch's clock and, on a terminal, its progress bar."""
         self.started = time.perf_counter()
         self.epoch_number, self.where = epoch + 1, f"epoch {epoch + 1}/{schedule.config.epochs}"
+        if self.accelerator.is_main_process:
+            status.update(self.folder, epoch=epoch + 1)
         self.whole: Window | None = None  # the epoch so far
         self.window: Window | None = None  # since the last line
         self.watch.begin("waiting for the first batch", progress=True)

@@ -1,0 +1,65 @@
+"""How a process ends when not all is well: soon, with its code, whatever its peers and its own threads do."""
+
+import atexit
+import contextlib
+import logging
+import multiprocessing
+import os
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from typing import NoReturn
+
+from train.processes import status
+from train.processes.logs import run_folder
+from train.processes.scratch import clean_up
+
+BOUND = 5.0  # seconds that libraries may take to end, of which W&B waits for its server
+
+
+@dataclass(frozen=True)
+class End:
+    """How a run ended: what all its ranks say of it."""
+
+    state: str  # failed, preempted or interrupted, as in status.json
+    reason: str  # one line
+    rank: int  # whose reason it is
+    code: int  # the exit code
+
+
+def leave(end: End) -> NoReturn:
+    """End this process from its main thread. The process group is not shut down: that may wait for peers that are gone.
+
+    What was registered for the exit is done: workers are ended, W&B's run is closed, temporary files go.
+    """
+    note(end)
+    threading.Thread(target=_bound, args=(end,), daemon=True).start()
+    with contextlib.suppress(Exception):
+        atexit._run_exitfuncs()
+    end_now(end)
+
+
+def end_now(end: End) -> NoReturn:
+    """End this process from any thread, and its workers with it."""
+    note(end)
+    for worker in multiprocessing.active_children():
+        worker.kill()
+    with contextlib.suppress(Exception):
+        logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):
+            stream.flush()
+    clean_up()
+    os._exit(end.code)
+
+
+def note(end: End) -> None:
+    """The main process keeps in the run's folder how it ended; the first time counts."""
+    if os.environ.get("RANK", "0") == "0" and (folder := run_folder()) is not None:
+        status.end(folder, end.state, end.reason, end.rank)
+
+
+def _bound(end: End) -> None:
+    time.sleep(BOUND)
+    end_now(end)

@@ -1,0 +1,80 @@
+"""What the ranks tell each other beside their collectives: who they are, how far they are, and how the run ended.
+
+It goes through the store that the launcher (or the first rank) keeps for torch.distributed, by connections of our own,
+so that it can be asked whatever the main threads do, and also before the ranks have met. Nothing here is collective,
+and nothing waits for long: who is asked may be gone.
+"""
+
+import contextlib
+import json
+import os
+import platform
+import time
+from dataclasses import asdict
+from datetime import timedelta
+from typing import Any
+
+import torch
+
+from train.processes.devices import launched
+from train.processes.exits import End
+from train.processes.status import lives
+
+ANSWERS = timedelta(seconds=3)  # in which the store must
+
+
+def connect() -> Any:
+    """A connection to the store; None on one process, or where nobody answers."""
+    if launched("WORLD_SIZE", 1) == 1:
+        return None
+    with contextlib.suppress(RuntimeError, ValueError, KeyError):  # RuntimeError: torch.distributed's errors are
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = torch.distributed.TCPStore(host, port, is_master=False, timeout=ANSWERS, wait_for_workers=False)
+        # What an earlier attempt of a launcher that starts again has left is not this one's.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        return torch.distributed.PrefixStore(f"train/{attempt}", store)
+    return None
+
+
+def introduce(store: Any) -> None:
+    """Say which process this rank is, so that the others can see whether it lives."""
+    store.set(f"process/{launched('RANK', 0)}", json.dumps([platform.node(), os.getpid()]))
+
+
+def tell(end: End, store: Any) -> tuple[End, bool]:
+    """Tell the other ranks how the run ended. What counts is what the first of them says: it, and whether it is this.
+
+    Where nobody can be asked, every rank is the first.
+    """
+    with contextlib.suppress(RuntimeError):
+        if store is not None and store.add("ended", 1) > 1:
+            store.wait(["end"], ANSWERS)
+            return End(**json.loads(store.get("end"))), False
+        if store is not None:
+            store.set("end", json.dumps(asdict(end)))
+    return end, True
+
+
+def told(store: Any, seconds: float = 0.0) -> End | None:
+    """How the run ended, if a rank says so within so many seconds."""
+    until = time.monotonic() + seconds
+    with contextlib.suppress(RuntimeError):
+        while store is not None:
+            if store.check(["end"]):
+                return End(**json.loads(store.get("end")))
+            if time.monotonic() >= until:
+                return None
+            time.sleep(0.05)
+    return None
+
+
+def gone(store: Any) -> dict[int, int]:
+    """Ranks of this machine whose processes have ended, with the processes' numbers."""
+    found: dict[int, int] = {}
+    with contextlib.suppress(RuntimeError):
+        for rank in range(launched("WORLD_SIZE", 1) if store is not None else 0):
+            if store.check([f"process/{rank}"]):
+                host, pid = json.loads(store.get(f"process/{rank}"))
+                if host == platform.node() and not lives(pid):
+                    found[rank] = pid
+    return found
