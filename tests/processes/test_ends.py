@@ -87,8 +87,9 @@ def test_a_signal_leaves_a_line_and_nothing_else(
 def test_a_main_thread_that_does_not_listen_is_ended(tmp_path: Path, temporary: Path):
     """As in a collective or a device's call, where Python runs no handler."""
     code = (
-        "import torch\nfrom train.processes import signals\nfrom train.processes.script import _ended_by as say\nsignals.GRACE = 0.5\nsignals.during_work(say)\n"
-        "torch.set_num_threads(1)\na = torch.ones(7000, 7000, dtype=torch.float64)\nprint('begun', flush=True)\na @ a"
+        "import torch\nfrom train.processes import script, signals\nsignals.GRACE = 0.5\n"
+        "signals.during_work(script._ended_by)\ntorch.set_num_threads(1)\n"
+        "a = torch.ones(7000, 7000, dtype=torch.float64)\nprint('begun', flush=True)\na @ a"
     )
     process = begin(tmp_path, temporary, "-c", code, PYTHONPATH=str(ROOT))
     assert process.stdout is not None

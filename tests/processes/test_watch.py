@@ -33,12 +33,14 @@ def test_the_verdict_names_who_is_behind_or_silent(monkeypatch):
         one.begin("training", progress=True)
         one.at(4 if rank == 1 else 5, 1, f"forward of batch {5 if rank == 1 else 6}")
     time.sleep(1.5)
-    late, verdict = ranks[0]._verdict(9)
-    assert late == "rank 1 did not arrive"
+    late, silent, verdict = ranks[0]._verdict(9)
+    assert (late, silent) == ([1], [])
     assert "  rank 1 of 3, at forward of batch 5" in verdict
     assert verdict.count("  rank ") == 1
-    ranks[2].close()  # its process no longer runs
-    _, verdict = ranks[0]._verdict(9)
+    ranks[2].ended.set()  # its process no longer runs
+    ranks[2].thread.join()
+    late, silent, verdict = ranks[0]._verdict(9)
+    assert (late, silent) == ([2], [2])
     assert "  rank 2 of 3; it does not answer and was last seen at forward of batch 6" in verdict
     assert verdict.count("  rank ") == 1
     ranks[0].close()

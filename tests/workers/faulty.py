@@ -60,7 +60,7 @@ def faulty_detect(*arguments, **options):
 
 def long(*arguments, **options):
     """Compute COCO's metric for long."""
-    until = time.monotonic() + 11
+    until = time.monotonic() + 14
     while time.monotonic() < until:  # busy, as an evaluator in Python is
         sum(range(10_000))
     return measure(*arguments, **options)

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 from train.config.options import EvalConfig
 from train.data.sets import Images, TrainSet, ValSet
 from train.processes.cores import cores_of_rank
+from train.processes.parent import end_with_parent
 
 
 class Positions:
@@ -40,6 +41,7 @@ def _loader(dataset: Images, batch_sampler: Any, config: EvalConfig, accelerator
         persistent_workers=workers > 0,
         pin_memory=accelerator.device.type == "cuda",
         collate_fn=dataset.collate_fn,
+        worker_init_fn=end_with_parent,
     )
     return accelerator.prepare(loader)
 

@@ -28,6 +28,13 @@ class End:
     code: int  # the exit code
 
 
+def say(text: str, code: int) -> None:
+    """The last words of a run on standard error; our launcher is told that they were spoken, and its exit code."""
+    with contextlib.suppress(OSError):  # nobody reads it
+        print(text, file=sys.stderr, flush=True)
+    status.tell_launcher("said", str(code))
+
+
 def leave(end: End) -> NoReturn:
     """End this process from its main thread. The process group is not shut down: that may wait for peers that are gone.
 

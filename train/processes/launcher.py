@@ -72,7 +72,7 @@ def launch(arguments: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     logging.disable(logging.ERROR)  # torchrun's thirty lines behind what the rank has said
-    told = Path(train.scratch.name) / "run"
+    told = Path(train.scratch.name)
     os.environ |= {LAUNCHER: str(os.getpid()), status.TOLD: str(told)}
     try:
         launch_command(launch_command_parser().parse_args(arguments))
@@ -84,8 +84,11 @@ def launch(arguments: list[str]) -> int:
         if code < 0:
             name = signal.Signals(-code).name
             reason = f"rank {rank} was killed by {name}{', perhaps out of memory' * (name == 'SIGKILL')}"
-            print(f"error: {reason}", file=sys.stderr)
             code = 128 - code
+        try:
+            code = int((told / "said").read_text())  # the cause has been said, by a rank that may be another
+        except (OSError, ValueError):
+            print(f"error: {reason}", file=sys.stderr)
         _note(told, "failed", reason, rank)
         return code
     except SignalException as error:
@@ -98,7 +101,7 @@ def launch(arguments: list[str]) -> int:
 def _note(told: Path, state: str, reason: str, rank: int | None) -> None:
     """Keep in the run's folder how it ended, if it has one and the main process could not do it any more."""
     with contextlib.suppress(OSError):
-        status.end(Path(told.read_text()), state, reason, rank)
+        status.end(Path((told / "run").read_text()), state, reason, rank)
 
 
 def _number(name: str, text: str) -> int | None:

@@ -8,6 +8,7 @@ import contextlib
 import os
 import threading
 import time
+from collections.abc import Callable
 
 import psutil
 
@@ -24,9 +25,14 @@ def end_with_launcher() -> None:
     """Start looking, where a launcher has started this process."""
     parent = os.getppid()
     if _is_launcher(parent):
-        threading.Thread(target=_look, args=(parent,), name="parent", daemon=True).start()
+        threading.Thread(target=_look, args=(parent, _end), name="parent", daemon=True).start()
     elif _orphaned(parent):
         _end()
+
+
+def end_with_parent(_: int = 0) -> None:
+    """In a loader's worker: end it when its rank is gone. torch looks for that too, but not while an image is read."""
+    threading.Thread(target=_look, args=(os.getppid(), lambda: os._exit(1)), name="parent", daemon=True).start()
 
 
 def _is_launcher(process: int) -> bool:
@@ -49,10 +55,10 @@ def _orphaned(parent: int) -> bool:
     return parent == 1 and "TORCHELASTIC_RUN_ID" in os.environ
 
 
-def _look(parent: int) -> None:
+def _look(parent: int, end: Callable[[], None]) -> None:
     while os.getppid() == parent:
         time.sleep(INTERVAL)
-    _end()
+    end()
 
 
 def _end() -> None:

@@ -17,7 +17,7 @@ from train.config.reading import Kept, parse
 from train.config.words import printable
 from train.processes import signals
 from train.processes.devices import launched
-from train.processes.exits import End, leave, note
+from train.processes.exits import End, leave, note, say
 from train.processes.logs import log_stream
 from train.processes.parent import LAUNCHER
 from train.processes.store import connect, gone, tell, told
@@ -83,8 +83,7 @@ def _said(end: End, text: str) -> End:
     store = connect()
     whole, first = tell(end, store)
     if first and text and (store is not None or os.environ.get("LOCAL_RANK", "0") == "0"):
-        with contextlib.suppress(OSError):  # nobody reads it
-            print(text, file=sys.stderr, flush=True)
+        say(text, end.code)
     return whole
 
 

@@ -22,7 +22,7 @@ from train.processes.files import whole_file
 FILE = "status.json"
 BEAT = 30.0  # seconds between two updates
 STALE = 120.0  # seconds after which a run that has not been updated is dead
-TOLD = "YOLO_ACCELERATE_RUN"  # names the file in which the main process tells our launcher the run's folder
+TOLD = "YOLO_ACCELERATE_TOLD"  # names the folder in which ranks tell our launcher what it needs to know
 
 
 def begin(folder: Path) -> None:
@@ -30,8 +30,16 @@ def begin(folder: Path) -> None:
     now = time.time()
     status = {"state": "running", "reason": "", "rank": None, "epoch": None}
     _write(folder, status | {"host": platform.node(), "pid": os.getpid(), "started": now, "updated": now})
-    if told := os.environ.get(TOLD):
-        Path(told).write_text(str(folder.absolute()))
+    tell_launcher("run", str(folder.absolute()))
+
+
+def tell_launcher(what: str, text: str) -> None:
+    """Leave a note for our launcher, where it has started this process: `run` is the run's folder, `said` the exit code
+    of which the cause has been said.
+    """
+    if folder := os.environ.get(TOLD):
+        with contextlib.suppress(OSError):
+            (Path(folder) / what).write_text(text, errors="surrogateescape")
 
 
 def update(folder: Path, **facts: Any) -> None:

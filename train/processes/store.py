@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import platform
+import signal
 import time
 from dataclasses import asdict
 from datetime import timedelta
@@ -70,11 +71,24 @@ def told(store: Any, seconds: float = 0.0) -> End | None:
 
 def gone(store: Any) -> dict[int, int]:
     """Ranks of this machine whose processes have ended, with the processes' numbers."""
+    return {rank: pid for rank, pid in _processes_here(store).items() if not lives(pid)}
+
+
+def kill(ranks: list[int], store: Any) -> None:
+    """Kill those of these ranks that run on this machine."""
+    for rank, pid in _processes_here(store).items():
+        if rank in ranks:
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
+
+
+def _processes_here(store: Any) -> dict[int, int]:
+    """The process of each rank of this machine that has introduced itself."""
     found: dict[int, int] = {}
     with contextlib.suppress(RuntimeError):
         for rank in range(launched("WORLD_SIZE", 1) if store is not None else 0):
             if store.check([f"process/{rank}"]):
                 host, pid = json.loads(store.get(f"process/{rank}"))
-                if host == platform.node() and not lives(pid):
+                if host == platform.node():
                     found[rank] = pid
     return found

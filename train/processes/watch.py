@@ -17,13 +17,14 @@ import traceback
 from collections.abc import Callable
 
 from train.processes import status
-from train.processes.exits import BOUND, End, end_now
+from train.processes.exits import BOUND, End, end_now, say
 from train.processes.logs import log_stream, run_folder
-from train.processes.store import connect, introduce, tell, told
+from train.processes.store import connect, introduce, kill, tell, told
 
 HEARTBEAT = 30.0  # seconds without a line after which silent work is mentioned
-POSTED = 5.0  # seconds between two notes of where a rank stands
-ASKED = 1.0  # seconds between two looks whether another rank has ended the run
+POSTED = 2.0  # seconds between two notes of where a rank stands, and two looks how the others are
+SUSPENDED = 5.0  # seconds without a look of its own after which a process has been suspended
+SILENT = 10.0  # seconds without a note that are no hang, whatever --hang-timeout says: the machine may be busy
 SLOW = 10  # a step may take so many times the slowest so far before it counts as a hang
 FAREWELL = BOUND + 1  # seconds in which a rank may end by itself when another has ended the run
 
@@ -82,11 +83,10 @@ class Watch:
 
     # The thread -------------------------------------------------------------------------------------------------------
     def _run(self) -> None:
-        posted = asked = 0.0
-        last = time.monotonic()
+        posted, last = 0.0, time.monotonic()
         while not self.ended.wait(0.25):
             now = time.monotonic()
-            if now - last > POSTED:  # this process was suspended: nobody could make progress, and nobody was heard
+            if now - last > SUSPENDED:  # this process was suspended: nobody could make progress, and nobody was heard
                 self.last_progress += now - last
                 self.heard = (self.heard[0], self.heard[1] + now - last)
             last, silent = now, self.silent
@@ -98,14 +98,12 @@ class Watch:
                 status.update(folder)
             if self.expected and self.timeout and now - self.last_progress > max(self.timeout, SLOW * self.slowest):
                 self._hangs(now - self.last_progress)
-            if self.store is not None and now - asked >= ASKED:
-                asked = now
-                self._end_with_the_others()
             if self.store is not None and now - posted >= POSTED:
                 posted = now
+                self._end_with_the_others()
                 if self._post("place", ""):  # another rank's time is up
                     self._hangs(now - self.last_progress)
-                elif self.timeout and (silence := self._silence(now)) > self.timeout:
+                elif self.timeout and (silence := self._silence(now)) > max(self.timeout, SILENT):
                     self._hangs(silence)
 
     def _end_with_the_others(self) -> None:
@@ -158,19 +156,22 @@ class Watch:
             self._post("hang", frame)
             first = self.store.add("hanging", 1) == 1
         if not first:  # the process of the first may live on a store that this one holds
-            return told(self.store, 3 * POSTED) or end
-        late, verdict = self._verdict(seconds)
-        end, _ = tell(End("failed", f"{end.reason}; {late}", end.rank, 1), self.store)
-        print(verdict, file=sys.stderr, flush=True)
+            return told(self.store, 5 * POSTED) or end
+        late, silent, verdict = self._verdict(seconds)
+        some = ", ".join(map(str, late[:8]))
+        end = End("failed", f"{end.reason}; rank{'s'[: len(late) > 1]} {some} did not arrive", end.rank, 1)
+        end, _ = tell(end, self.store)
+        say(verdict, end.code)
+        kill(silent, self.store)  # which are frozen, and would hold their memory until the launcher's patience is over
         return end
 
     def _posted(self, kind: str, rank: int) -> list | None:
         key = f"{kind}/{rank}"
         return json.loads(self.store.get(key)) if self.store.check([key]) else None
 
-    def _verdict(self, seconds: float) -> tuple[str, str]:
-        """Which ranks the others wait for: those that do not answer, else those that have come least far. In one line,
-        and in all its lines.
+    def _verdict(self, seconds: float) -> tuple[list[int], list[int], str]:
+        """Which ranks the others wait for: those that do not answer, else those that have come least far; of them those
+        that do not answer; and the verdict for people.
         """
         places: dict[int, list] = {self.rank: [*self.place, "", 0]}
         silent: list[int] = []
@@ -184,7 +185,6 @@ class Watch:
                     silent.append(rank)
         least = min(place[:3] for place in places.values())
         late = silent or [rank for rank, place in places.items() if place[:3] == least]
-        some = ", ".join(map(str, late[:8]))
         lines = [f"error: no step finished for {seconds:.0f} s (--hang-timeout {self.timeout:g}). Did not arrive:"]
         for rank in late:
             *_, words, frame, _ = places[rank]
@@ -193,4 +193,4 @@ class Watch:
         if (log := log_stream()) is not None:
             folder = os.path.dirname(log.name)
             lines.append(f"The stacks of all threads are in the ranks' logs in {folder}.")
-        return f"rank{'s'[: len(late) > 1]} {some} did not arrive", "\n".join(lines)
+        return late, silent, "\n".join(lines)
