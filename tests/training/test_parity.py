@@ -1,6 +1,7 @@
 """The same training on one process and on two: images, pixels, losses, weights."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -55,3 +56,14 @@ def test_the_local_normaliser_is_plain_ddp_over_ultralytics_loss(trained: dict[t
     ours, ddp, alone = trained["local", 2][0], trained["ddp", 2][0], trained["local", 1][0]
     assert furthest(ours["model"], ddp["model"]) <= 1e-6
     assert furthest(ours["model"], alone["model"]) > 1e-4
+
+
+FAMILIES = ("yolov5n", "yolov8n", "yolov9t", "yolov10n", "yolo11n", "yolo12n", "yolo26n")
+
+
+def test_a_rank_without_an_object_holds_up_nobody(tmp_path: Path):
+    worker = ROOT / "tests" / "workers" / "background.py"
+    console = succeed(2, worker, *(f"{name}.yaml" for name in FAMILIES), cwd=tmp_path)
+    said = re.findall(r"(\S+)\.yaml: the same gradients, (\d+) of (\d+) parameters", console)
+    assert [name for name, _, _ in said] == list(FAMILIES)
+    assert all(having == wanted for _, having, wanted in said)
