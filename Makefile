@@ -16,7 +16,7 @@ QUICK := --imgsz 160 --epochs 15 --batch 16 --nbs 16 --optimizer AdamW --lr0 0.0
 OWN = $(findstring --data,$(ARGS))$(findstring --cfg,$(ARGS))$(findstring --resume,$(ARGS))
 LAST_WEIGHTS = $$(ls -t runs/detect/*/weights/best.pt 2>/dev/null | head -n 1)
 
-.PHONY: help train validate doctor test test-slow fuzz bench-eval bench-log bench-quick hashes check clean
+.PHONY: help train validate doctor test test-slow test-cuda fuzz bench-eval bench-log bench-quick hashes check clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -36,10 +36,13 @@ doctor: .venv/installed  ## what each process sees and what is wrong with it: ma
 	$(LAUNCH) train/doctor.py --mixed-precision $(or $(PRECISION),auto) $(ARGS)
 
 test: .venv/installed-dev  ## run the tests
-	@OMP_NUM_THREADS=1 exec $(PY) -m pytest -m "not slow" --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+	@OMP_NUM_THREADS=1 exec $(PY) -m pytest -m "not slow and not cuda" --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-slow: .venv/installed-dev  ## run the tests that take longer
-	@OMP_NUM_THREADS=1 exec $(PY) -m pytest -m slow --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+	@OMP_NUM_THREADS=1 exec $(PY) -m pytest -m "slow and not cuda" --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+
+test-cuda: .venv/installed-dev  ## run the tests that need a GPU, and print how fast it is
+	@exec $(PY) -m pytest tests/test_cuda.py -m cuda -s --durations 10 $(ARGS)
 
 fuzz: .venv/installed  ## damaged labels and YAMLs for 60 seconds: no reader fails but by its own error
 	@exec $(PY) -m tests.fuzz $(or $(ARGS),60 $$(date +%s))

@@ -121,7 +121,7 @@ def test_what_people_look_at(evaluated: dict[int, Path], trained: Path, tmp_path
     options += ["--val-limit", 10, "--max-dets", 1, 5, 20]
     console = succeed(1, VALIDATE, *options, cwd=trained.parent.parent.parent)
     assert {file.name for file in (tmp_path / "out").iterdir()} == {
-        "config.json", "ground_truth.json", "logs", "metrics.json", "predictions.json"
+        "config.json", "ground_truth.json", "logs", "metrics.json", "predictions.json", "status.json"
     }  # fmt: skip
     header = next(line for line in console.splitlines() if line.startswith("class"))
     assert header.split() == ["class", "images", "boxes", "P", "R", "F1", "AP50", "AP75", "AP"]

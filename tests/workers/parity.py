@@ -1,11 +1,13 @@
 """Train a few steps with the real engine and leave the images seen and the weights, for comparison over ranks.
 
 usage: parity.py DATA.yaml OUT MODE …, one after the other: `global` is the loss of the global batch, `local` has
---local-loss-norm, `ddp` is plain DDP over Ultralytics' unmodified loss. Results go to OUT/MODE.
+--local-loss-norm, `ddp` is plain DDP over Ultralytics' unmodified loss, `sync` shares BatchNorm's statistics, `fp16` is
+`global` in that precision (CUDA; by itself). Results go to OUT/MODE.
 """
 
 import hashlib
 import json
+import os
 import sys
 from functools import partial, reduce
 from operator import add
@@ -40,7 +42,7 @@ def freeze_batchnorm(model: nn.Module) -> None:
 
 
 def main(accelerator: Accelerator, data_yaml: str, mode: str, out: Path) -> None:
-    local = mode != "global"
+    local = mode in ("local", "ddp")
     # 40 images are five batches; two make a step, so that accumulation and its remainder are inside: 3 steps an epoch.
     config = TrainConfig(
         data=data_yaml, imgsz=64, batch=8, nbs=8 if local else 16, epochs=1 if local else 2, close_mosaic=0,
@@ -50,8 +52,12 @@ def main(accelerator: Accelerator, data_yaml: str, mode: str, out: Path) -> None
     data = find_data(config.data)
     labels, _ = scan(data.images("train"), data.names, config, accelerator)
     model, _ = build_model(config, config.model, data.names, 3)
-    freeze_batchnorm(model)
+    if mode != "sync":
+        freeze_batchnorm(model)
+    model = model.to(accelerator.device)
     ema = ModelEMA(model)
+    if mode == "sync" and accelerator.num_processes > 1:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if mode != "ddp":
         sum_over_ranks = None if config.local_loss_norm else partial(accelerator.reduce, reduction="sum")
         model.criterion = build_criterion(model, sum_over_ranks, accelerator.num_processes)
@@ -61,14 +67,14 @@ def main(accelerator: Accelerator, data_yaml: str, mode: str, out: Path) -> None
     optimizer = build_optimizer(model, schedule)
     model, optimizer = accelerator.prepare(model, optimizer)
     loader, positions = train_loader(TrainSet(labels, data.names, 3, config), schedule.batches, accelerator)
-    state = TrainState(detector, model, ema, optimizer, None)
+    state = TrainState(detector, model, ema, optimizer, accelerator.scaler)
     meter, watch = Meter(accelerator, detector), Watch(accelerator.process_index, accelerator.num_processes, 0, print)
 
     seen: list[list[str]] = []  # digests of this rank's images, by batch
 
     def note(_: nn.Module, inputs: tuple) -> None:
         images = inputs[0]["img"] if isinstance(inputs[0], dict) else inputs[0]
-        seen.append([hashlib.sha256(image.numpy().tobytes()).hexdigest() for image in images])
+        seen.append([hashlib.sha256(image.cpu().numpy().tobytes()).hexdigest() for image in images])
 
     handle = detector.register_forward_pre_hook(note)
     losses = {}
@@ -93,11 +99,25 @@ def main(accelerator: Accelerator, data_yaml: str, mode: str, out: Path) -> None
     handle.remove()
     rank = accelerator.process_index
     out.mkdir(parents=True, exist_ok=True)
-    torch.save({"start": start, "model": detector.state_dict(), "ema": ema.ema.state_dict()}, out / f"rank{rank}.pt")
-    (out / f"rank{rank}.json").write_text(json.dumps({"seen": seen, "losses": losses, "updates": ema.updates}))
+    weights = {"start": start, "model": detector.state_dict(), "ema": ema.ema.state_dict()}
+    torch.save(weights | {"scaler": accelerator.scaler and accelerator.scaler.state_dict()}, out / f"rank{rank}.pt")
+    told = {"seen": seen, "losses": losses, "updates": ema.updates, "gpus": gpus_in_use()}
+    (out / f"rank{rank}.json").write_text(json.dumps(told))
 
 
-accelerator, _ = start_processes("no", [])
+def gpus_in_use() -> list[int]:
+    """Indices of the GPUs that this process has a context on, by NVIDIA's driver."""
+    if not torch.cuda.is_initialized():
+        return []
+    import pynvml
+
+    pynvml.nvmlInit()
+    every = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
+    return [i for i, gpu in enumerate(every)
+            if os.getpid() in (p.pid for p in pynvml.nvmlDeviceGetComputeRunningProcesses(gpu))]  # fmt: skip
+
+
+accelerator, _ = start_processes("fp16" if "fp16" in sys.argv[3:] else "no", [])
 for mode in sys.argv[3:]:
     main(accelerator, sys.argv[1], mode, Path(sys.argv[2]) / mode)
 accelerator.end_training()

@@ -35,6 +35,8 @@ def run(main: Callable[[C], None], kind: type[C], description: str, kept: Kept |
         signals.during_work(_ended_by)
         _never_fail_to_print()
         end = _ended(main, kind, description, kept)
+        if end is not None:
+            signals.deafen()
     except signals.Ended as signal:
         logging.getLogger("train").warning(signals.in_words(signal.number))
         end = _ended_by(signal.number)

@@ -58,10 +58,7 @@ def during_work(explain: Callable[[int], End]) -> None:
     def end(number: int, _: FrameType | None) -> None:
         if os.getpid() != main:  # a worker that was forked from here; torch takes another code for a failure of its own
             os._exit(0)
-        # One is enough, and a second must not cut off the end of the first. SIGCHLD: torch would call it an error that
-        # the same signal has ended the workers. No SIG_IGN, of which Python complains where a signal is under way.
-        for other in (*SIGNALS, signal.SIGCHLD):
-            signal.signal(other, lambda *_: None)
+        deafen()
         raise Ended(number)
 
     handled = [number for number in SIGNALS if signal.getsignal(number) not in (signal.SIG_IGN, None)]
@@ -74,6 +71,16 @@ def during_work(explain: Callable[[int], End]) -> None:
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
     threading.Thread(target=_backstop, args=(reader, handled, explain), daemon=True).start()
+
+
+def deafen() -> None:
+    """The end has begun: a signal must not cut it off. What holds it up is ended by the backstop all the same.
+
+    SIGCHLD: torch would call it an error that the signal has ended the workers, too. No SIG_IGN, of which Python
+    complains where a signal is under way.
+    """
+    for number in (*SIGNALS, signal.SIGCHLD):
+        signal.signal(number, lambda *_: None)
 
 
 def _backstop(reader: int, handled: list[signal.Signals], explain: Callable[[int], End]) -> None:
