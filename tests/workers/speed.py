@@ -82,6 +82,7 @@ def ultralytics(data: Path, given: argparse.Namespace) -> None:
     from ultralytics import YOLO
 
     trainer.check_amp = lambda model: True  # it would fetch a model to try
+    trainer.BaseTrainer.read_results_csv = lambda self: {}  # for its checkpoint, by a library that may not be there
     times: list[float] = []
     model = YOLO(given.model)
     model.add_callback("on_train_epoch_start", lambda _: times.append(-time.perf_counter()))
