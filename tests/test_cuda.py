@@ -436,7 +436,8 @@ def test_t8_memory_does_not_grow(device: str, data: Path):
 
 
 # NCCL -----------------------------------------------------------------------------------------------------------------
-TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node", "1"]
+# With addresses, for without a network the launcher looks for its machine's name in vain, for long.
+TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node", "1", "--local_addr", "127.0.0.1"]
 
 
 @on_each_device
@@ -444,7 +445,7 @@ def test_t9_one_rank_with_a_process_group(device: str, data: Path, tmp_path: Pat
     """NCCL's collectives, of a group of one; and DDP over it by hand, for Accelerate wraps for several alone."""
     options = f"--imgsz {SIZES[device]} --epochs 1 --batch 8 --nbs 8 --workers 0 --trackers none --no-plots"
     base = ["--data", data, "--model", MODELS[device], *options.split()]
-    standalone = [*TORCHRUN, "--standalone"]
+    standalone = [*TORCHRUN, "--master_addr", "127.0.0.1", "--master_port", free_port()]
     run(device, *standalone, DETECT, *base, cwd=tmp_path)
     weights = tmp_path / "runs" / "detect" / "exp"
     assert json.loads((weights / "status.json").read_text())["state"] == "finished"
@@ -646,7 +647,8 @@ def test_t12_speed(device: str, tmp_path: Path):
     ],
 )
 def test_t13_a_gpu_for_each_rank(device: str, data: Path, tmp_path: Path, home: Path):
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--local_addr", "127.0.0.1"]
+    launcher += ["--master_addr", "127.0.0.1", "--master_port", str(free_port())]
     run(device, *launcher, WORKERS / "parity.py", data, tmp_path, "global", cwd=tmp_path, **NO_TF32)
     modes = ("global",) if device == "cpu" else ("global", "sync")
     one, two = (
