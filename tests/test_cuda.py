@@ -227,7 +227,7 @@ def test_t2_no_step_waits_for_the_device(device: str, data: Path):
     theirs: list[str] = []
 
     def note(message: Any, *_: Any, **__: Any) -> None:
-        if "synchroniz" not in str(message):
+        if "called a synchronizing" not in str(message):  # another one says what the mode is
             return
         stack = [f for f in traceback.extract_stack() if f"{os.sep}torch{os.sep}" not in f.filename]
         inner = [f for f in stack if "ultralytics" in f.filename or f"{ROOT}{os.sep}train{os.sep}" in f.filename]
@@ -570,7 +570,7 @@ def test_t10_two_ranks_give_the_same_ap(device: str, data: Path, tmp_path: Path,
 T11 = [
     ("fail", 1, None, "ValueError: broken on purpose"),
     ("late-input", 0, None, "bad input found late"),
-    ("kill", 1, None, "another rank"),
+    ("kill", 1, None, "rank 1 of 2"),
     ("late-hang", 1, signal.SIGINT, "interrupted"),
     ("late-stop", 1, None, "rank 1 of 2; it does not answer"),
     ("hang", 1, None, "rank 1 of 2, at waiting for batch"),
@@ -598,8 +598,9 @@ def test_t11_one_rank_ends_all(device: str, data: Path, tmp_path: Path, kind: st
     begun = time.monotonic()
     if number is not None:
         ranks[rank].send_signal(number)
-    limit = 45 if "hang" in kind or "stop" in kind else 15
-    limit = 15 if number is not None else limit
+    # NCCL does not say that a peer is gone, and here no launcher sees both: it is found by its silence, as a hang is.
+    silent = number is None and (kind in ("hang", "late-stop") or (kind == "kill" and device == "cuda"))
+    limit = 45 if silent else 15
     while (left := marked(mark)) and time.monotonic() - begun < limit:
         time.sleep(0.1)
     seconds = time.monotonic() - begun
