@@ -31,12 +31,14 @@ from train.data.sets import TrainSet, ValSet
 from train.evaluation.evaluate import Evaluation, evaluate
 from train.evaluation.truth import read_annotations, read_truth
 from train.model.build import ModelEMA, build_model, check_imgsz, largest_stride, set_class_weights, size_in_words
-from train.model.inference import inference_copy
+from train.model.inference import digest, inference_copy
 from train.model.loss import build_criterion, end_of_epoch
 from train.model.weights import fetch_weights, load_detector
 from train.processes.accelerator import resolved, start_processes, without_buffer_broadcast
-from train.processes.collectives import on_main, once_per_machine, sync_from_main
+from train.processes.collectives import check_same, on_main, once_per_machine, sync_from_main
 from train.processes.files import check_file, check_folder, new_folder
+from train.processes.meeting import meet
+from train.processes.places import folder_here, hand_out
 from train.processes.script import run
 from train.reporting.training_report import TrainingReport
 from train.training.engine import check_finite, train_one_epoch
@@ -52,8 +54,9 @@ def main(config: TrainConfig) -> None:
     if not config.resume:
         check_folder(Path(config.project), "--project")
     check_file(config.log_file, "--log-file")
-    saved = read_state(config) if config.resume else None
+    config = meet(config)
     accelerator, why_precision = start_processes(config.mixed_precision, config.used_trackers, config.seed)
+    saved = on_main(accelerator, lambda: read_state(config)) if config.resume else None
     given, config = config, resolved(config, accelerator)
     report = TrainingReport(accelerator, config)
     if saved and nothing_left(config, saved):
@@ -65,11 +68,15 @@ def main(config: TrainConfig) -> None:
         nearest = max(round(config.batch / ranks), 1) * ranks
         raise InputError(f"--batch is {config.batch}; it must be divisible by the {ranks} processes, as {nearest} is.")
     data = once_per_machine(accelerator, lambda: find_data(config.data, config.single_cls, config.classes))
+    check_same("The classes of --data", data.names, "Start all machines with the same data set.")
 
     # Model. A resumed run is built from last.pt, which knows the architecture; state.load() below brings its weights.
-    start_from = f"{config.resume}/weights/last.pt" if config.resume else config.model
-    source = once_per_machine(accelerator, lambda: fetch_weights(start_from))
+    if config.resume:
+        source = hand_out(accelerator, Path(config.resume) / "weights" / "last.pt")
+    else:
+        source = once_per_machine(accelerator, lambda: fetch_weights(config.model))
     model, origin = build_model(config, source, data.names, data.channels)
+    check_same("The weights to start from (by a hash)", digest(model), "Give all machines the same --model.")
     stride = largest_stride(model)
     check_imgsz(config.imgsz, stride)
     size = size_in_words(model, config.imgsz)
@@ -111,9 +118,9 @@ def main(config: TrainConfig) -> None:
 
     # The run writes nothing before here, where nothing can be wrong with the input any more.
     folder = on_main(accelerator, lambda: new_folder(Path(config.project), config.name, config.resume))
-    report.open(folder, given)
-    weights = folder / "weights"
-    weights.mkdir(exist_ok=True)
+    report.open(folder_here(accelerator, folder, Path(config.project), config.resume), given)
+    weights = folder / "weights"  # the main process's, which alone writes there
+    on_main(accelerator, lambda: weights.mkdir(exist_ok=True))
     report.start_trackers(config, state)
     report.faults(train_faults + val_faults)
     report.banner(why_precision, f"{origin}; {size}", data.name, schedule, train_set, val_labels)
@@ -158,7 +165,7 @@ def main(config: TrainConfig) -> None:
             break
 
     if best is None:  # the best epoch was before the run was resumed
-        best_model, _ = load_detector(str(weights / "best.pt"))
+        best_model, _ = load_detector(hand_out(accelerator, weights / "best.pt"))
         evaluated = inference_copy(best_model, accelerator.device, config.memory_format)
         best = evaluate(evaluated, report.watched(val_batches, "validating"), truth, validated, accelerator)
     report.say(f"best.pt, epoch {state.best_epoch + 1}:")

@@ -31,12 +31,14 @@ from train.data.sets import ValSet
 from train.evaluation.evaluate import evaluate, measure
 from train.evaluation.truth import check_predictions, read_annotations, read_predictions, read_truth
 from train.model.build import check_imgsz, largest_stride, set_end2end
-from train.model.inference import inference_copy
+from train.model.inference import digest, inference_copy
 from train.model.weights import best_of_run, fetch_weights, load_detector, trained_with
 from train.processes.accelerator import resolved, start_processes
-from train.processes.collectives import on_main, once_per_machine
+from train.processes.collectives import check_same, on_main, once_per_machine
 from train.processes.devices import device_type, lacks
 from train.processes.files import check_file, check_folder, new_folder
+from train.processes.meeting import meet
+from train.processes.places import folder_here
 from train.processes.script import run, said_once
 from train.reporting.report import Report
 
@@ -46,6 +48,7 @@ def main(config: ValConfig) -> None:
     config.check()
     check_folder(Path(config.save_dir or "runs/detect"), "--save-dir")
     check_file(config.log_file, "--log-file")
+    config = meet(config)
     accelerator, precision = start_processes(config.mixed_precision, [])
     report = Report(accelerator, config)
     if config.predictions:
@@ -59,6 +62,7 @@ def main(config: ValConfig) -> None:
             config = parse(ValConfig, __doc__ or "", kept=validated_with)[0]
         config = resolved(config, accelerator)
     model, _ = load_detector(weights, config.trust_checkpoint)
+    check_same("The weights to evaluate (by a hash)", digest(model), "Give all machines the same --weights.")
     stride = largest_stride(model)
     check_imgsz(config.imgsz, stride)
     if config.end2end is not None:
@@ -79,7 +83,7 @@ def main(config: ValConfig) -> None:
     val_set = ValSet(labels, data.names, data.channels, config.imgsz, stride, config.rect is not False)
     loader = val_loader(val_set, config, accelerator)
 
-    report.open(on_main(accelerator, lambda: new_folder(Path("runs/detect"), "val", config.save_dir)), config)
+    open_folder(report, config, accelerator)
     report.faults(faults)
     if model.names != data.names:
         first = next(i for i in data.names if model.names[i] != data.names[i])
@@ -91,6 +95,13 @@ def main(config: ValConfig) -> None:
     report.evaluation(result, truth, config)
     report.say(f"{report.taken()}; results in {report.folder}")
     report.close()
+
+
+def open_folder(report: Report, config: ValConfig, accelerator: Accelerator) -> None:
+    """Make the folder for the results, on other machines one for their logs alone (collective)."""
+    place = Path(config.save_dir).parent if config.save_dir else Path("runs/detect")
+    folder = on_main(accelerator, lambda: new_folder(Path("runs/detect"), "val", config.save_dir))
+    report.open(folder_here(accelerator, folder, place, config.save_dir), config)
 
 
 def validated_with(config: ValConfig, given: frozenset[str]) -> dict[str, Any]:
@@ -127,7 +138,7 @@ def measure_file(config: ValConfig, accelerator: Accelerator, report: Report) ->
         check_usable(data.name, None, labels, faults, config)
     assert truth is not None  # --predictions needs one of the two
     check_predictions(config.predictions, rows, truth)
-    report.open(on_main(accelerator, lambda: new_folder(Path("runs/detect"), "val", config.save_dir)), config)
+    open_folder(report, config, accelerator)
     report.say(f"{len(rows)} detections of {config.predictions}")
     report.evaluation(measure(truth, rows, config, accelerator), truth, config)
     report.say(f"{report.taken()}; results in {report.folder}")

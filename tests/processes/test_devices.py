@@ -8,9 +8,8 @@ import torch
 
 from train.config.errors import InputError
 from train.processes import cores, devices
-from train.processes.accelerator import check_launcher
 from train.processes.cores import core_count, cores_of_rank
-from train.processes.devices import lacks, pick_precision
+from train.processes.devices import check_launcher, lacks, pick_precision
 
 
 @pytest.fixture

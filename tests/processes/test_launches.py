@@ -11,8 +11,7 @@ import torch
 from tests.conftest import ROOT, launch, succeed
 from train.config.errors import InputError
 from train.processes import launcher
-from train.processes.accelerator import start_processes
-from train.processes.devices import check_devices, pick_precision
+from train.processes.devices import check_devices, check_launcher, pick_precision
 from train.processes.launcher import launch_options
 
 SAYS_RANKS = ROOT / "tests" / "workers" / "ranks.py"
@@ -91,10 +90,10 @@ def test_what_a_foreign_launcher_may_ask_for(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     with pytest.raises(InputError, match="MASTER_ADDR is not set"):
-        start_processes("no", [])
+        check_launcher()
     monkeypatch.setenv("WORLD_SIZE", "many")
     with pytest.raises(InputError, match="WORLD_SIZE is 'many'; a launcher sets it to a whole number"):
-        start_processes("no", [])
+        check_launcher()
 
 
 def test_launch_options(monkeypatch):

@@ -4,8 +4,8 @@ import runpy
 import sys
 from functools import partial
 
-import train.processes.accelerator as accelerator
+import train.processes.meeting as meeting
 
-accelerator.InitProcessGroupKwargs = partial(accelerator.InitProcessGroupKwargs, backend="gloo")  # type: ignore
+meeting.InitProcessGroupKwargs = partial(meeting.InitProcessGroupKwargs, backend="gloo")  # type: ignore
 sys.argv.pop(0)
 runpy.run_path(sys.argv[0], run_name="__main__")

@@ -364,6 +364,12 @@ FROM_FILE = frozenset(
     for group in (Training, Recipe, Augmentation, Output, Wandb, Evaluating, Data, Validation, Computing, Logging)
     for field in fields(group)
 )
+# What may differ between the machines of a run: where things are, and what concerns one process or machine alone.
+OF_A_MACHINE = frozenset({
+    "data", "annotations", "model", "weights", "predictions", "project", "save_dir", "log_file", "resume", "workers",
+    "progress", "log_level", "hang_timeout", "trust_checkpoint",
+    *(field.name for field in fields(Wandb)), "wandb_entity",
+})  # fmt: skip
 # A checkpoint says what it was validated with. A subset is an economy of its training; the rest belongs to the machine.
 FROM_CHECKPOINT = frozenset({
     "data", "imgsz", "split", "annotations", "classes", "single_cls", "val_batch", "rect", "conf", "iou", "max_det",

@@ -60,7 +60,11 @@ def parse(
         raise InputError(f"--resume goes on with the run's own options; leave out {', '.join(contradicting)}.")
     if run:
         run = run_folder(run)
-        values, warnings = _read_file(kind, f"{run}/config.json", "--resume")
+        values: dict[str, Any] = {}
+        warnings: list[str] = []
+        # Of several machines the first alone needs the run's folder; all take its options.
+        if os.environ.get("RANK", "0") == "0" or os.path.exists(f"{run}/config.json"):
+            values, warnings = _read_file(kind, f"{run}/config.json", "--resume")
     else:
         values, warnings = _read_file(kind, os.path.expanduser(cfg), "--cfg") if cfg else ({}, [])
     options = _parsed(kind, description, arguments, values)

@@ -1,6 +1,8 @@
 """The labels of a split, read by all ranks together, and what is left out of it."""
 
 import hashlib
+import os
+import platform
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -18,6 +20,7 @@ from train.config.options import EvalConfig
 from train.config.words import printable
 from train.data.formats import Labels, read_image
 from train.processes.cores import cores_of_rank
+from train.processes.devices import local_processes
 
 LONGEST = 1000  # characters of what is said of one file
 Counted = Callable[[Iterable[Any], int], Iterable[Any]]
@@ -53,8 +56,7 @@ def scan(
     chosen = range(len(files)) if chosen is None else chosen
     classes = sys.maxsize if config.single_cls else len(names)
     share = chosen[accelerator.process_index :: accelerator.num_processes]
-    if len(set(gather_object([hash_of(files)]))) > 1:
-        raise InputError(f"The machines do not see the same files: here {len(files)} images, first {files[0]}.")
+    check_same_files(files, accelerator)
     label_files, ids = img2label_paths(files), image_ids(files)
     with ThreadPool(max(min(8, cores_of_rank()), 1)) as pool:
         read = pool.imap(
@@ -118,6 +120,45 @@ def image_ids(files: list[str]) -> list[int]:
         if len(set(ids)) == len(ids) and max(ids) < 2**53:
             return ids
     return list(range(len(files)))
+
+
+def check_same_files(files: list[str], accelerator: Accelerator) -> None:
+    """Raise InputError on all ranks where they have not the same images, by relative names and sizes (collective).
+
+    Where they stand is each machine's own. Of several machines one process of each looks at the sizes.
+    """
+    folders = {folder: os.path.abspath(folder) for folder in {os.path.dirname(file) for file in files}}
+    base = os.path.commonpath(folders.values())
+    folders = {folder: os.path.relpath(place, base) for folder, place in folders.items()}
+    names = [f"{folders[folder]}/{name}" for folder, name in map(os.path.split, files)]
+    sizes = [0] * len(files)
+    if accelerator.num_processes > local_processes() and accelerator.is_local_main_process:
+        with ThreadPool(max(min(8, cores_of_rank()), 1)) as pool:
+            sizes = pool.map(_size, files, 256)
+    digests = gather_object([hash_of(names), hash_of([f"{n} {s}" for n, s in zip(names, sizes, strict=True)])])
+    lists, listed = digests[::2], digests[1::2]
+    mains = gather_object([accelerator.is_local_main_process])
+    if len(set(lists)) == 1 and len({told for told, main in zip(listed, mains, strict=True) if main}) == 1:
+        return
+    every = gather_object([(platform.node(), accelerator.is_local_main_process, dict(zip(names, sizes, strict=True)))])
+    (host, _, first), *others = [one for one in every if one[1] or len(set(lists)) > 1]
+    for other_host, _, other in others:
+        for name in sorted(first.keys() | other.keys()):
+            if first.get(name) != other.get(name):
+                said = [
+                    f"{size} bytes" if size is not None else "not there" for size in (first.get(name), other.get(name))
+                ]
+                raise InputError(
+                    f"The machines do not see the same images: {len(first)} on {host}, {len(other)} on {other_host}. "
+                    f"First that differs: {printable(name)}, {said[0]} and {said[1]}. Copy the data set anew."
+                )
+
+
+def _size(file: str) -> int:
+    try:
+        return os.stat(file).st_size
+    except OSError:  # the reading of it says so
+        return -1
 
 
 def hash_of(files: list[str]) -> str:

@@ -23,7 +23,7 @@ def inference_copy(
     """
     import torchvision  # noqa: F401  # Ultralytics' NMS uses it only if it is there; `start_processes` has imported it
 
-    digest = _digest(model)
+    told = digest(model)
     # Contiguous first: fusing sums in memory order, and a checkpoint's weights come back contiguous.
     model = deepcopy(model).float().eval().to(device).to(memory_format=torch.contiguous_format)
     head = model.model[-1]
@@ -37,16 +37,16 @@ def inference_copy(
     model = model.to(memory_format=memory_format)
     criterion = build_criterion(model) if losses else None
     model.criterion = criterion.one2one if isinstance(criterion, E2ELoss) else criterion
-    model.digest = digest
+    model.digest = told
     return model
 
 
-def _digest(model: torch.nn.Module) -> str:
+def digest(model: torch.nn.Module) -> str:
     """A hash of the weights and buffers; before they are fused, which need not give the same bits on every GPU."""
-    digest = hashlib.sha256()
+    found = hashlib.sha256()
     for tensor in model.state_dict().values():
-        digest.update(tensor.contiguous().cpu().numpy().data)
-    return digest.hexdigest()[:16]
+        found.update(tensor.contiguous().cpu().numpy().data)
+    return found.hexdigest()[:16]
 
 
 def validation_losses(raw: dict[str, Any], model: DetectionModel, batch: dict[str, Any]) -> Tensor:

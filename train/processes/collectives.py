@@ -1,5 +1,6 @@
 """Work that one process does for all, and what all must have the same. Every function is collective."""
 
+import platform
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -46,6 +47,22 @@ def once_per_machine(accelerator: Accelerator, work: Callable[[], T]) -> T:
         if failures:
             raise failures[0]
     return result
+
+
+def check_same(what: str, value: Any, mend: str) -> None:
+    """Raise InputError on all ranks where they have not the same value (collective).
+
+    Args:
+        what: the value is of, as the beginning of a sentence.
+        value: of this rank, as it is shown.
+        mend: a sentence.
+    """
+    every = gather_object([(platform.node(), value)])
+    for rank, (host, other) in enumerate(every):
+        if other != every[0][1]:
+            raise InputError(
+                f"{what}: rank 0 ({every[0][0]}) has {every[0][1]}, rank {rank} ({host}) has {other}. {mend}"
+            )
 
 
 def sync_from_main(module: torch.nn.Module) -> None:

@@ -25,6 +25,11 @@ def local_processes() -> int:
     return launched("LOCAL_WORLD_SIZE", 1)
 
 
+def machine() -> int:
+    """Which of the run's machines this is; the first has the main process."""
+    return launched("GROUP_RANK", launched("RANK", 0) // local_processes())
+
+
 def device_type() -> str:
     """`cuda`, `mps`, `cpu`, …: the kind of device this run uses; ACCELERATE_USE_CPU=true asks for the CPU."""
     value = os.environ.get("ACCELERATE_USE_CPU", "false").lower()
@@ -46,6 +51,35 @@ def check_devices(wanted: int, device: str) -> None:
         raise InputError(
             f"{wanted} GPU processes were asked for, but PyTorch sees {seen} {device.upper()} device{'s'[: seen != 1]} "
             f"({visible()}). Type GPUS={seen}, or CPUS={wanted} for processes on the CPU."
+        )
+
+
+def check_launcher() -> None:
+    """Raise InputError where the launcher asks for what these scripts do not do: it would change the loss, or nothing.
+
+    Accelerate's default configuration, which anybody's `accelerate config` may have written, counts wherever
+    `accelerate launch` is typed without --config_file.
+    """
+    mend = "Take it out of Accelerate's default_config.yaml, or name another with --config_file."
+    compiler = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "NO")
+    if compiler.upper() != "NO":
+        raise InputError(
+            f"The launcher asks for torch.compile (dynamo_backend: {compiler}), which would compile for minutes at "
+            f"each size of a batch. {mend}"
+        )
+    for name in ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() in YES:
+            raise InputError(f"The launcher asks for {name}; these scripts train by data parallelism (DDP). {mend}")
+    steps = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    if steps not in ("1", "auto"):
+        raise InputError(
+            f"The launcher asks for gradient_accumulation_steps: {steps}, which would divide the loss. Say --nbs "
+            f"(images in one step) to the script instead. {mend}"
+        )
+    if launched("WORLD_SIZE", 1) > 1 and not os.environ.get("MASTER_ADDR"):
+        raise InputError(
+            "WORLD_SIZE says that a launcher has started several processes, but MASTER_ADDR is not set. Start the "
+            "script with `accelerate launch` or `torchrun`, or unset WORLD_SIZE."
         )
 
 

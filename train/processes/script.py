@@ -6,6 +6,7 @@ import os
 import platform
 import re
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 
@@ -16,11 +17,14 @@ from train.config.options import C
 from train.config.reading import Kept, parse
 from train.config.words import printable
 from train.processes import signals
-from train.processes.devices import launched
+from train.processes.devices import launched, local_processes
 from train.processes.exits import End, leave, note, say
 from train.processes.logs import log_stream
 from train.processes.parent import LAUNCHER
 from train.processes.store import connect, gone, tell, told
+from train.processes.watch import POSTED
+
+HEARD = POSTED + 1.0  # seconds after which the watches of all ranks have heard how the run ended
 
 
 def run(main: Callable[[C], None], kind: type[C], description: str, kept: Kept | None = None) -> None:
@@ -47,6 +51,8 @@ def run(main: Callable[[C], None], kind: type[C], description: str, kept: Kept |
     if launched("WORLD_SIZE", 1) == 1 and not _tracked():
         note(end)
         sys.exit(end.code)
+    if launched("WORLD_SIZE", 1) > local_processes():
+        time.sleep(HEARD)  # the launcher of the first machine keeps the store, and ends with its processes
     leave(end)
 
 
@@ -104,8 +110,9 @@ def _in_place_of_the_launcher(lost: End) -> str:
 def _gone() -> End | None:
     """The end of a run of which a rank has been killed: on this machine, and without a word."""
     store = connect()
-    if end := told(store):
-        return end
+    with contextlib.suppress(RuntimeError):
+        if end := told(store):
+            return end
     for rank, process in gone(store).items():
         ranks = launched("WORLD_SIZE", 1)
         reason = f"rank {rank} of {ranks} on {platform.node()} is gone (process {process}), perhaps out of memory"
@@ -117,7 +124,10 @@ def _lost(error: Exception) -> End | None:
     """The end of a run in which this rank has lost the connection to another, which may say itself why."""
     if not re.search(r"gloo|nccl|[cC]onnection (closed|reset|refused)|[sS]ocket|Broken pipe", f"{type(error)} {error}"):
         return None
-    end = told(connect(), seconds=2.0) or _gone()
+    end = None
+    with contextlib.suppress(RuntimeError):
+        end = told(connect(), seconds=2.0)
+    end = end or _gone()
     if end is None:
         rank, ranks = launched("RANK", 0), launched("WORLD_SIZE", 1)
         first = str(error).strip().splitlines()[0][:200]

@@ -57,15 +57,18 @@ def tell(end: End, store: Any) -> tuple[End, bool]:
 
 
 def told(store: Any, seconds: float = 0.0) -> End | None:
-    """How the run ended, if a rank says so within so many seconds."""
+    """How the run ended, if a rank says so within so many seconds.
+
+    Raises:
+        RuntimeError: the store is gone.
+    """
     until = time.monotonic() + seconds
-    with contextlib.suppress(RuntimeError):
-        while store is not None:
-            if store.check(["end"]):
-                return End(**json.loads(store.get("end")))
-            if time.monotonic() >= until:
-                return None
-            time.sleep(0.05)
+    while store is not None:
+        if store.check(["end"]):
+            return End(**json.loads(store.get("end")))
+        if time.monotonic() >= until:
+            return None
+        time.sleep(0.05)
     return None
 
 

@@ -100,24 +100,33 @@ class Watch:
                 self._hangs(now - self.last_progress)
             if self.store is not None and now - posted >= POSTED:
                 posted = now
-                self._end_with_the_others()
-                if self._post("place", ""):  # another rank's time is up
-                    self._hangs(now - self.last_progress)
-                elif self.timeout and (silence := self._silence(now)) > max(self.timeout, SILENT):
-                    self._hangs(silence)
+                self._look_around(now)
 
-    def _end_with_the_others(self) -> None:
-        """Another rank has ended the run: this one may be in a collective with it, which does not return."""
-        end = told(self.store)
+    def _look_around(self, now: float) -> None:
+        """Tell the others where this rank stands, and see how they are."""
+        try:
+            end = told(self.store)
+            alarm = self._post("place", "")  # another rank's time is up
+            silence = self._silence(now)
+        except RuntimeError:
+            # The first machine has ended. So it has at the end of a run, too, where this rank is soon done as well.
+            self.store = None
+            end = End("failed", "the store of the first machine is gone: its processes have ended", self.rank, 1)
+            if not self.ended.wait(FAREWELL):
+                say(f"error: {end.reason}", end.code)
+                end_now(end)
+            return
         if end is not None and end.rank != self.rank and not self.ended.wait(FAREWELL):
-            end_now(end)
+            end_now(end)  # this rank may be in a collective with the one that has ended, which does not return
+        if alarm:
+            self._hangs(now - self.last_progress)
+        elif self.timeout and silence > max(self.timeout, SILENT):
+            self._hangs(silence)
 
     def _silence(self, now: float) -> float:
         """Seconds since the next rank's thread has said anything."""
         words, since = self.heard
-        new = words
-        with contextlib.suppress(RuntimeError):
-            new = self._posted("place", (self.rank + 1) % self.ranks)
+        new = self._posted("place", (self.rank + 1) % self.ranks)
         if new != words or new is None:  # it has not begun yet, or it has closed its watch
             self.heard = (new, now)
             return 0.0
@@ -125,12 +134,8 @@ class Watch:
 
     def _post(self, kind: str, frame: str) -> bool:
         """Tell the other ranks where this one stands; whether one of them has sounded the alarm."""
-        try:
-            self.store.set(f"{kind}/{self.rank}", json.dumps([*self.place, frame, time.time()]))
-            return self.store.check(["alarm"])
-        except RuntimeError:  # the ranks are ending
-            self.store = None
-            return False
+        self.store.set(f"{kind}/{self.rank}", json.dumps([*self.place, frame, time.time()]))
+        return self.store.check(["alarm"])
 
     def _hangs(self, seconds: float) -> None:
         """Write every thread's stack to this rank's log, say which ranks did not arrive, and end this process."""
@@ -156,7 +161,9 @@ class Watch:
             self._post("hang", frame)
             first = self.store.add("hanging", 1) == 1
         if not first:  # the process of the first may live on a store that this one holds
-            return told(self.store, 5 * POSTED) or end
+            with contextlib.suppress(RuntimeError):
+                end = told(self.store, 5 * POSTED) or end
+            return end
         late, silent, verdict = self._verdict(seconds)
         some = ", ".join(map(str, late[:8]))
         end = End("failed", f"{end.reason}; rank{'s'[: len(late) > 1]} {some} did not arrive", end.rank, 1)
