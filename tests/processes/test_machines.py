@@ -230,3 +230,57 @@ def test_a_machine_that_dies_ends_the_other(copies: Path):
     assert sum(line.startswith("error: ") for line in err.splitlines()) == 1
     status = json.loads((copies / "m0" / "runs" / "detect" / "exp" / "status.json").read_text())
     assert (status["state"], status["rank"]) == ("failed", 1)
+
+
+SRUN = """#!/bin/bash
+# What SLURM's does, for two nodes of this computer: the command on each, the signals of a job step to all of it.
+shift  # --kill-on-bad-exit=1
+for node in 0 1; do SLURM_NODEID=$node "$@" & pids="$pids $!"; done
+trap 'kill -TERM $pids' TERM
+echo $$ > srun.pid
+code=0
+for pid in $pids; do wait $pid || code=$?; done
+for pid in $pids; do wait $pid || code=$?; done  # a signal ends the first wait
+exit $code
+"""
+SCONTROL = """#!/bin/bash
+if [ "$1" = show ]; then echo 127.0.0.1; else echo "$@" >> scontrol.txt; fi
+"""
+
+
+@pytest.mark.slow
+def test_the_batch_file_of_the_readme_is_preempted_and_goes_on(machines: Path, tmp_path: Path):
+    text = (ROOT / "README.md").read_text()
+    batch = "#!/bin/bash\n#SBATCH" + text.split("```bash\n#!/bin/bash\n#SBATCH")[1].split("```")[0]
+    batch = batch.replace("GPUS=8", "GPUS=1").replace("--batch 256 --mixed-precision bf16", "$MORE")
+    batch = batch.replace("--data coco.yaml --model yolov8n.pt", "")
+    (tmp_path / "train.sbatch").write_text(batch)
+    for name, script in (("srun", SRUN), ("scontrol", SCONTROL)):
+        (tmp_path / "bin").mkdir(exist_ok=True)
+        (tmp_path / "bin" / name).write_text(script)
+        (tmp_path / "bin" / name).chmod(0o755)
+    for name in ("train", "accelerate_configs"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "data").symlink_to(machines / "m0" / "data")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB_", "YOLO_", "ACCELERATE_"))}
+    environment |= {"SLURM_JOB_ID": str(free_port() % 10000), "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "n[1-2]"}
+    environment |= {"SLURM_CPUS_PER_TASK": "1", "MORE": " ".join([*TRAIN, "--epochs", "500"])}
+    environment |= {"PATH": f"{tmp_path / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    environment |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    for attempt, words in enumerate(("tiny.yaml from scratch", "resumed after epoch")):
+        job = subprocess.Popen(
+            ["bash", "train.sbatch"], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            text=True,
+        )  # fmt: skip
+        assert job.stdout is not None
+        said = []
+        for line in job.stdout:
+            said.append(line)
+            if sum(one.startswith("epoch") and "  train  " in one for one in said) == 2:  # one epoch is saved
+                break
+        assert any(words in line for line in said), "".join(said) + job.stderr.read()  # type: ignore[union-attr]
+        os.kill(int((tmp_path / "srun.pid").read_text()), signal.SIGTERM)
+        job.communicate(timeout=60)
+        assert (tmp_path / "scontrol.txt").read_text().count(f"requeue {environment['SLURM_JOB_ID']}") == attempt + 1
+    assert files(tmp_path / "runs")[0].startswith(f"job{environment['SLURM_JOB_ID']}/exp/")
+    assert len(list((tmp_path / "runs").glob("*/*"))) == 1
