@@ -56,6 +56,13 @@ def test_each_provoked_fault_is_found_with_its_mend(gpus, change: dict[str, Any]
     assert re.search(message, found[0])
 
 
+def test_a_name_that_leads_nowhere_is_found_on_several_machines(gpus):
+    for i, seen in enumerate(gpus):
+        seen |= {"host": f"node{i}", "ranks on this host": 1, "address": ("127.0.1.1", "10.0.0.2")[i], "threads": 16}
+    (found,) = findings(gpus, Options())
+    assert "The name node0 leads to 127.0.1.1, by which other machines cannot reach it. Set GLOO_SOCKET_IFNAME" in found
+
+
 def test_different_versions_are_found(gpus):
     gpus[1]["torch"] = "2.6.0"
     (found,) = findings(gpus, Options())

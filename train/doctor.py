@@ -39,7 +39,7 @@ from train.processes.files import check_folder
 PACKAGES = ("torch", "torchvision", "accelerate", "ultralytics", "hotcoco", "pycocotools", "wandb")
 BUSY = 0.5  # seconds in which is looked what other processes do
 ROOM = 2e9  # bytes on the disk that a run of the largest model takes with its checkpoints and pictures
-BATCH_BYTES = 16 * 3 * 640 * 640  # of uint8 images, of which a worker holds three batches in shared memory
+BATCH_BYTES = (16 + 32) * 3 * 640 * 640  # of uint8 images, to train and to validate on; each has workers of its own
 Facts = dict[str, Any]
 SHOWN: dict[str, Callable[[Any], str]] = {
     "shared memory": lambda free: f"{free / 1e9:.1f} GB free" if free else str(free),
@@ -64,7 +64,7 @@ def facts(options: Options) -> Facts:
     """What this rank sees."""
     local, rank = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("RANK", 0))
     kind = device_type()
-    seen: Facts = {"rank": rank, "host": socket.gethostname(), "pid": os.getpid()}
+    seen: Facts = {"rank": rank, "host": socket.gethostname(), "address": address(), "pid": os.getpid()}
     seen |= {"device": kind, "name": platform.processor() or platform.machine(), "memory": "", "capability": ""}
     seen |= {"GPUs seen": torch.cuda.device_count(), "ranks on this host": local_processes()}
     if kind == "cuda":
@@ -106,6 +106,14 @@ def facts(options: Options) -> Facts:
     except InputError as error:
         seen |= {"precision": "none", "precision fault": str(error)}
     return seen
+
+
+def address() -> str:
+    """What this machine's name leads to, which gloo talks by."""
+    try:
+        return socket.gethostbyname(socket.gethostname())
+    except OSError:
+        return "none"
 
 
 def driver() -> str:
@@ -152,7 +160,7 @@ def findings(ranks: list[Facts], options: Options) -> list[str]:
         if cuda and len(ranks) > 1 and not first["NCCL"]:
             found.append(f"torch {first['torch']} on {host} has no NCCL, which GPUs talk by. Install a CUDA build.")
         workers = min(options.workers, first["cores"] // wanted)
-        needed = 3 * BATCH_BYTES * workers * wanted
+        needed = 3 * BATCH_BYTES * workers * wanted  # three batches in the hands of each worker
         if first["shared memory"] is not None and first["shared memory"] < needed:
             found.append(
                 f"/dev/shm on {host} has {first['shared memory'] / 1e6:.0f} MB free; {workers} workers in each of "
@@ -171,6 +179,11 @@ def findings(ranks: list[Facts], options: Options) -> list[str]:
             )
         if not cuda and first["threads"] > 1 and first["busy with others"] > first["cores"] / 2:
             found.append(shared_cores(first["busy with others"], first["cores"], host))
+        if len({seen["host"] for seen in ranks}) > 1 and first["address"].startswith(("127.", "none")):
+            found.append(
+                f"The name {host} leads to {first['address']}, by which other machines cannot reach it. Set "
+                "GLOO_SOCKET_IFNAME to the network interface between the machines (ip addr), or mend /etc/hosts."
+            )
         if first["disk"] < ROOM:
             found.append(
                 f"{first['disk'] / 1e9:.1f} GB are free for {first['run folder']} on {host}. A run takes up to "
@@ -199,10 +212,15 @@ def table(ranks: list[Facts]) -> list[str]:
 
 
 def all_reduce(device: torch.device, megabytes: int = 32) -> tuple[bool, float]:
-    """Whether a sum over the ranks is right, and the seconds that it takes (collective)."""
+    """Whether a sum over the ranks is right, and the seconds that it takes (collective).
+
+    Raises:
+        RuntimeError: it fails, or takes longer than two minutes.
+    """
     rank, ranks = distributed.get_rank(), distributed.get_world_size()
     tensor, right, seconds = torch.empty(megabytes * 250_000, device=device), True, []
     backend = "nccl" if device.type == "cuda" else "gloo"
+    os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")  # an error in time, where NCCL would abort the process
     group: Any = distributed.new_group(backend=backend, timeout=timedelta(minutes=2))
     for _ in range(4):
         tensor.fill_(rank + 1)
@@ -213,22 +231,42 @@ def all_reduce(device: torch.device, megabytes: int = 32) -> tuple[bool, float]:
     return right, min(seconds)
 
 
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
 def main(options: Options) -> int:
     """Every rank runs all of it; the first one speaks. Returns the exit code."""
     seen, ranks = facts(options), int(os.environ.get("WORLD_SIZE", 1))
     everyone: list[Facts] = [seen]
     if ranks > 1:
-        # gloo, not Accelerate's choice: the ranks must be able to talk where the GPUs or NCCL are what is wrong
-        distributed.init_process_group("gloo", timeout=timedelta(minutes=2))
         everyone = [{} for _ in range(ranks)]
-        distributed.all_gather_object(everyone, seen)
+        try:
+            # gloo, not Accelerate's choice: the ranks must be able to talk where the GPUs or NCCL are what is wrong
+            distributed.init_process_group("gloo", timeout=timedelta(minutes=2))
+            distributed.all_gather_object(everyone, seen)
+        except RuntimeError as error:
+            print(
+                f"wrong: rank {seen['rank']} on {seen['host']} ({seen['address']}) and the others cannot talk "
+                f"({_first_line(error)}). Start all {ranks} processes, let the machines reach each other, and set "
+                "GLOO_SOCKET_IFNAME to the network interface between them (ip addr).", file=sys.stderr, flush=True,
+            )  # fmt: skip
+            return 1
     speaks = seen["rank"] == 0
     wrong = findings(everyone, options)
     if speaks:
         print("\n".join(table(everyone)))
     if ranks > 1 and not (wrong and seen["device"].startswith("cuda")):
         device = torch.device(seen["device"])
-        right, seconds = all_reduce(device)
+        try:
+            right, seconds = all_reduce(device)
+        except RuntimeError as error:
+            print(
+                f"wrong: the all-reduce of rank {seen['rank']} failed ({_first_line(error)}). On one machine try "
+                "NCCL_P2P_DISABLE=1; on several set NCCL_SOCKET_IFNAME to the network interface between them (ip "
+                "addr). NCCL_DEBUG=WARN says more.", file=sys.stderr, flush=True,
+            )  # fmt: skip
+            os._exit(1)  # shutting down what has failed would wait for it
         if speaks:
             print(f"{'all-reduce':22}32 MB in {seconds * 1000:.1f} ms, {'right' if right else 'WRONG'}")
         if not right:

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -185,6 +186,15 @@ def test_a_machine_that_fails_before_they_have_met_ends_the_other(copies: Path):
     assert first.returncode != 0
     assert "error: " not in err.split("Traceback")[0]  # it is said on the other
     assert not (copies / "m0" / "runs").exists()
+
+
+@pytest.mark.slow
+def test_the_doctor_sees_both_machines(copies: Path):
+    console, other = well(both(copies, [ROOT / "train" / "doctor.py", "--workers", 0]))
+    assert other == ""
+    assert re.search(r"^rank +0 +1$", console, re.MULTILINE)
+    assert "32 MB in" in console
+    assert "nothing wrong found" in console
 
 
 @pytest.mark.slow
