@@ -4,9 +4,11 @@ import copy
 import hashlib
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -26,12 +28,14 @@ def hashes(folder: Path) -> dict[str, str]:
 def test_each_way_to_go_on(runs, shapes: Path, tmp_path: Path):
     finished = tmp_path / "finished"
     shutil.copytree(runs[1][0], finished)
-    names = {"damaged": None, "stateless": None, "broken": None, "moved": None, "headless": None}
+    names = {"damaged": None, "stateless": None, "broken": None, "moved": None, "headless": None, "busy": None}
     for name in names:
         shutil.copytree(finished, tmp_path / name)
     state = finished / "weights" / "state.pt"
     (tmp_path / "damaged" / "weights" / "state.pt").write_bytes(state.read_bytes()[:1000])
     (tmp_path / "stateless" / "weights" / "state.pt").unlink()
+    busy = {"state": "running", "host": platform.node(), "pid": os.getpid(), "started": time.time()}
+    (tmp_path / "busy" / "status.json").write_text(json.dumps(busy | {"updated": time.time()}))
     (tmp_path / "broken" / "config.json").write_text('{"epochs": 3')
     (tmp_path / "headless" / "weights" / "last.pt").write_bytes(b"noise")
     root = f"path: {shapes.parent}\ntrain: images/train\nval: images/val\n"
@@ -51,6 +55,7 @@ def test_each_way_to_go_on(runs, shapes: Path, tmp_path: Path):
          "knows class 1 as 'square', renamed.yaml names it 'cube'. Start a new run from its weights: --model "),
         (["--resume", "moved", "--epochs", "3", "--data", "more.yaml"], 2,
          "was trained on 3 classes, more.yaml names 4"),
+        (["--resume", "busy", "--epochs", "3"], 2, f"the run is still running, as process {os.getpid()}. Let it end"),
         (["--resume", "gone"], 2, "--resume gone/config.json cannot be read: No such file or directory"),
     ]  # fmt: skip
     before = hashes(tmp_path)

@@ -32,10 +32,6 @@ def meet(config: C) -> C:
         InputError: the launcher's variables are wrong, there are fewer devices than processes, not all ranks have come
             within --hang-timeout, or their options differ.
     """
-    # Before the process group has threads: imported later, one run of four ranks in four ended in an abort.
-    # Not at the top of the file, for it takes 1.2 s, which --help and most mistakes need not wait for.
-    import torchvision  # noqa: F401
-
     check_launcher()
     device = device_type()
     check_devices(local_processes(), device)
@@ -57,6 +53,10 @@ def meet(config: C) -> C:
 
 def start_group(device: str, hang_timeout: float = 600) -> None:
     """Start the process group, unless that has been done."""
+    # Before the process group has threads: imported later, one run of four ranks in four ended in an abort.
+    # Not at the top of the file, for it takes 1.2 s, which --help and most mistakes need not wait for.
+    import torchvision  # noqa: F401
+
     timeout = max(LONGEST, timedelta(seconds=2 * hang_timeout)) if hang_timeout else FOREVER
     # without `cpu`, several processes on a machine without GPU are each rank 0 of 1
     PartialState(cpu=device == "cpu", **InitProcessGroupKwargs(timeout=timeout).to_kwargs())

@@ -2,6 +2,7 @@
 
 import math
 import os
+import platform
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ from train.evaluation.evaluate import Evaluation
 from train.model.build import ModelEMA
 from train.model.loss import end_of_epoch
 from train.model.weights import as_checkpoint
+from train.processes import status
 from train.processes.files import whole_file
 
 PLAIN = ("rows", "epoch", "best_epoch", "best_fitness", "best_ap", "last_ap", "wandb_id")
@@ -126,6 +128,9 @@ def read_state(config: TrainConfig) -> dict[str, Any]:
     missing = [name for name in ("last.pt", "state.pt") if not (weights / name).is_file()]
     if missing:
         raise InputError(f"--resume {run}: there is no {weights / missing[0]}; no epoch was finished there.")
+    told = status.read(run)
+    if told.get("host") == platform.node() and status.alive(told):  # of another machine nobody can tell
+        raise InputError(f"--resume {run}: the run is still running, as process {told['pid']}. Let it end, or end it.")
     for path in (run, *run.iterdir(), *weights.iterdir(), *(run / "logs").glob("*")):
         if path != run and path.is_symlink():  # it would be written through to wherever it leads
             raise InputError(
