@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.conftest import ROOT, launch, succeed
+from tests.conftest import DETECT, ROOT, launch, succeed
 from train.config.errors import InputError
 from train.processes import launcher
 from train.processes.devices import check_devices, check_launcher, pick_precision
@@ -94,6 +94,13 @@ def test_what_a_foreign_launcher_may_ask_for(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "many")
     with pytest.raises(InputError, match="WORLD_SIZE is 'many'; a launcher sets it to a whole number"):
         check_launcher()
+
+
+def test_a_launchers_number_that_is_none_is_said(tmp_path: Path):
+    done = launch(1, DETECT, "--epochs", 0, cwd=tmp_path, WORLD_SIZE="many")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: WORLD_SIZE is 'many'; a launcher sets it to a whole number. Unset it.")
+    assert done.stderr.count("\n") == 1
 
 
 def test_launch_options(monkeypatch):

@@ -83,7 +83,7 @@ class Logging:
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Least level of what goes into the log files."""
     hang_timeout: float = 600
-    """Seconds without a step that end the run and name the rank that hangs; more where steps are slow; 0 never."""
+    """Seconds without a step or a sign of life that end the run and name the rank; more for slow steps; 0 never."""
 
 
 @dataclass(frozen=True, kw_only=True)

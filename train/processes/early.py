@@ -4,6 +4,7 @@ In these seconds Ctrl-C would print a traceback, or be caught by a library that 
 script leaves in the temporary folder from here on lies in one folder, which goes when the process ends.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -16,7 +17,16 @@ def _is_script() -> bool:
     return file.parent == here.parents[1] or file == here.with_name("launcher.py")
 
 
+def _check_numbers() -> None:
+    """End where a launcher's variable is no number; Ultralytics would fail over it while it is imported."""
+    for variable in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        if not (value := os.environ.get(variable, "0")).isdecimal():
+            print(f"error: {variable} is {value!r}; a launcher sets it to a whole number. Unset it.", file=sys.stderr)
+            sys.exit(2)
+
+
 if _is_script():
+    _check_numbers()
     signals.during_imports()
     scratch.claim()
     parent.end_with_launcher()

@@ -6,6 +6,7 @@ import logging.handlers
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
@@ -67,6 +68,8 @@ class Console:
         logging.getLogger().addHandler(self.early)
         logging.raiseExceptions = False  # what a library's own log cannot take or write is not for the console
         logging.captureWarnings(True)  # Python's warnings go to the logs of the ranks that gave them
+        # DDP's about 1x1 convolutions in NHWC, whose two strides are the same (pytorch #157862)
+        warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
         self.logger.setLevel(level)
         for name in ("ultralytics", "torch", "accelerate"):  # to the logs; their own handlers print, on every rank
             library = logging.getLogger(name)
