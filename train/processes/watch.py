@@ -79,7 +79,7 @@ class Watch:
         self.thread.join()
         if self.store is not None:
             with contextlib.suppress(RuntimeError):
-                self.store.delete_key(f"place/{self.rank}")
+                self.store.set(f"place/{self.rank}", "null")  # not deleted, for another may be about to get it
 
     # The thread -------------------------------------------------------------------------------------------------------
     def _run(self) -> None:
@@ -109,8 +109,10 @@ class Watch:
             alarm = self._post("place", "")  # another rank's time is up
             silence = self._silence(now)
         except RuntimeError:
+            self.store = connect()
+            if self.store is not None:  # it was only slow
+                return
             # The first machine has ended. So it has at the end of a run, too, where this rank is soon done as well.
-            self.store = None
             end = End("failed", "the store of the first machine is gone: its processes have ended", self.rank, 1)
             if not self.ended.wait(FAREWELL):
                 say(f"error: {end.reason}", end.code)
