@@ -91,7 +91,18 @@ def runs(tmp_path_factory: pytest.TempPathFactory, shapes: Path) -> dict[int, tu
 
 
 # Files in the order in which they start, the long ones first, so that pytest-xdist's workers end together.
-LONG = ("test_evaluate", "test_logs", "test_detect", "test_wandb", "test_validate", "test_mistakes", "test_parity")
+LONG = (
+    "test_evaluate",
+    "test_logs",
+    "test_cuda",
+    "test_detect",
+    "test_exits",
+    "test_machines",
+    "test_wandb",
+    "test_validate",
+    "test_mistakes",
+    "test_parity",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
