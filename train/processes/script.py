@@ -9,6 +9,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
@@ -74,21 +75,21 @@ def _ended(main: Callable[[C], None], kind: type[C], description: str, kept: Kep
         message = printable(_own_words(error), newlines=True)
         logging.getLogger("train").error(message)
         code = 2 if isinstance(error, InputError) else 1
-        return _said(End("failed", message, rank, code), f"error: {message}")
+        return _said(End("failed", message, rank, code), f"error: {message}", connect())
     except Exception as error:
         logging.getLogger("train").exception("this rank failed")
-        if launched("WORLD_SIZE", 1) > 1 and (lost := _lost(error)):
-            return _said(lost, _in_place_of_the_launcher(lost))
+        store = connect()
+        if launched("WORLD_SIZE", 1) > 1 and (lost := _lost(error, store)):
+            return _said(lost, _in_place_of_the_launcher(lost), store)
         what = printable(f"{type(error).__name__}: {error}", newlines=True)
         if isinstance(error, torch.OutOfMemoryError):
             what = _out_of_memory(error)
-        return _said(End("failed", what, rank, 1), _failure(error, what))
+        return _said(End("failed", what, rank, 1), _failure(error, what), store)
     return None
 
 
-def _said(end: End, text: str) -> End:
+def _said(end: End, text: str, store: Any) -> End:
     """Tell the other ranks how the run ended, and people, unless another rank was first: that one's is the cause."""
-    store = connect()
     whole, first = tell(end, store)
     if first and text and (store is not None or os.environ.get("LOCAL_RANK", "0") == "0"):
         say(text, end.code)
@@ -97,9 +98,10 @@ def _said(end: End, text: str) -> End:
 
 def _ended_by(number: int) -> End:
     """What a signal means: that the run is to end, or that the launcher ends it since a rank is gone."""
-    if launched("WORLD_SIZE", 1) > 1 and (lost := _gone()):
-        return _said(lost, _in_place_of_the_launcher(lost))
-    return _said(signals.end_by(number), signals.in_words(number))
+    store = connect()
+    if lost := _gone(store):
+        return _said(lost, _in_place_of_the_launcher(lost), store)
+    return _said(signals.end_by(number), signals.in_words(number), store)
 
 
 def _in_place_of_the_launcher(lost: End) -> str:
@@ -107,9 +109,8 @@ def _in_place_of_the_launcher(lost: End) -> str:
     return "" if LAUNCHER in os.environ else f"error: {lost.reason}"
 
 
-def _gone() -> End | None:
+def _gone(store: Any) -> End | None:
     """The end of a run of which a rank has been killed: on this machine, and without a word."""
-    store = connect()
     with contextlib.suppress(RuntimeError):
         if end := told(store):
             return end
@@ -120,14 +121,14 @@ def _gone() -> End | None:
     return None
 
 
-def _lost(error: Exception) -> End | None:
+def _lost(error: Exception, store: Any) -> End | None:
     """The end of a run in which this rank has lost the connection to another, which may say itself why."""
     if not re.search(r"gloo|nccl|[cC]onnection (closed|reset|refused)|[sS]ocket|Broken pipe", f"{type(error)} {error}"):
         return None
     end = None
     with contextlib.suppress(RuntimeError):
-        end = told(connect(), seconds=2.0)
-    end = end or _gone()
+        end = told(store, seconds=2.0)
+    end = end or _gone(store)
     if end is None:
         rank, ranks = launched("RANK", 0), launched("WORLD_SIZE", 1)
         first = str(error).strip().splitlines()[0][:200]
