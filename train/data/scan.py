@@ -132,10 +132,12 @@ def check_same_files(files: list[str], accelerator: Accelerator) -> None:
     folders = {folder: os.path.relpath(place, base) for folder, place in folders.items()}
     names = [f"{folders[folder]}/{name}" for folder, name in map(os.path.split, files)]
     sizes = [0] * len(files)
-    if accelerator.num_processes > local_processes() and accelerator.is_local_main_process:
+    several = accelerator.num_processes > local_processes()
+    if several and accelerator.is_local_main_process:
         with ThreadPool(max(min(8, cores_of_rank()), 1)) as pool:
             sizes = pool.map(_size, files, 256)
-    digests = gather_object([hash_of(names), hash_of([f"{n} {s}" for n, s in zip(names, sizes, strict=True)])])
+    sized = [f"{n} {s}" for n, s in zip(names, sizes, strict=True)] if several else []
+    digests = gather_object([hash_of(names), hash_of(sized)])
     lists, listed = digests[::2], digests[1::2]
     mains = gather_object([accelerator.is_local_main_process])
     if len(set(lists)) == 1 and len({told for told, main in zip(listed, mains, strict=True) if main}) == 1:

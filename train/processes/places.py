@@ -7,8 +7,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
 import train
-from train.config.errors import InputError
-from train.processes.collectives import on_main
+from train.processes.collectives import on_main, once_per_machine
 from train.processes.devices import local_processes, machine
 from train.processes.files import new_folder
 
@@ -51,14 +50,9 @@ def folder_here(accelerator: Accelerator, folder: Path, project: Path, resume: s
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         (folder / token).unlink()
-    failure = None
-    if own is None and accelerator.is_local_main_process:
-        try:
-            own = new_folder(project, folder.name, resume)
-        except InputError as error:
-            failure = error
+    # One process of the machine makes it, and tells the others, which make none.
+    makes = own is None and accelerator.is_local_main_process
+    own = once_per_machine(accelerator, lambda: new_folder(project, folder.name, resume) if makes else own)
     here = machine()
-    every = gather_object([(here, own, failure)])
-    if failures := [failed for _, _, failed in every if failed is not None]:
-        raise failures[0]
-    return own or next(there for other, there, _ in every if other == here and there is not None)
+    every = gather_object([(here, own)])
+    return own or next(there for other, there in every if other == here and there is not None)
