@@ -16,7 +16,7 @@ QUICK := --imgsz 160 --epochs 15 --batch 16 --nbs 16 --optimizer AdamW --lr0 0.0
 OWN = $(findstring --data,$(ARGS))$(findstring --cfg,$(ARGS))$(findstring --resume,$(ARGS))
 LAST_WEIGHTS = $$(ls -t runs/detect/*/weights/best.pt 2>/dev/null | head -n 1)
 
-.PHONY: help train validate doctor test test-slow test-cuda fuzz bench-eval bench-log bench-quick hashes check clean
+.PHONY: help train validate doctor test test-slow test-cuda fuzz bench-eval bench-log bench-quick bench-save soak hashes check clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -58,6 +58,12 @@ check: .venv/installed-dev  ## format and lint (ruff), types (mypy), which way i
 
 bench-quick: .venv/installed-dev  ## train the quick recipe with five seeds in bf16 and fp32: the range of AP50, the seconds
 	@exec $(PY) -m tests.bench.quick $(ARGS)
+
+soak: .venv/installed-dev  ## kill a training again and again and compare what it ends with, byte for byte
+	@exec $(PY) -m tests.soak $(ARGS)
+
+bench-save: .venv/installed-dev  ## measure what saving a run costs, and what it costs where no save is due
+	@exec $(PY) -m tests.bench.saves $(ARGS)
 
 hashes: .venv/installed-dev  ## hashes of five trainings, to be compared with another commit's: ARGS="--data coco128.yaml"
 	@exec $(PY) -m tests.hashes $(ARGS)

@@ -6,12 +6,15 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from filelock import FileLock
 
 from tests.hashes import quick
 from train.data.shapes import draw_shapes
+from train.training.saves import states
 
 ROOT = Path(__file__).resolve().parent.parent
 DETECT = ROOT / "train" / "detect.py"
@@ -39,6 +42,11 @@ def succeed(*args: object, **kwargs: object) -> str:
     done = launch(*args, **kwargs)  # type: ignore[arg-type]
     assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     return done.stdout
+
+
+def state_of(run: Path) -> dict[str, Any]:
+    """The newest saved state of a run."""
+    return torch.load(states(run / "weights")[0], weights_only=True)
 
 
 @pytest.fixture(scope="session")

@@ -45,11 +45,13 @@ from train.model.build import ModelEMA, build_model
 from train.model.inference import _fp32, detect, inference_copy
 from train.model.loss import build_criterion
 from train.processes.accelerator import resolved, start_processes
+from train.processes.stops import Stop
 from train.processes.watch import Watch
 from train.training.engine import Progress, train_one_epoch
 from train.training.meter import Meter
 from train.training.optim import Schedule, build_optimizer
-from train.training.state import PLAIN, TrainState
+from train.training.saves import states, write_state
+from train.training.state import TrainState
 
 CUDA = pytest.param(
     "cuda",
@@ -154,23 +156,20 @@ class Parts:
     config: TrainConfig
 
     def epoch(self) -> list[Progress]:
-        self.positions.epoch = self.state.epoch + 1
+        self.positions.set(self.state.epoch + 1, self.state.batches, False)
+        self.state.begin()
         batches = self.meter.timed(self.loader)
-        done = list(train_one_epoch(self.state, batches, self.schedule, self.accelerator, self.meter, self.watch))
-        self.state.epoch += 1
+        done = list(train_one_epoch(self.state, batches, self.schedule, self.meter, self.watch, Stop(self.accelerator)))
+        self.state.finish(self.state.epoch + 1)
         return done
 
     def weights(self) -> dict[str, torch.Tensor]:
         return {name: value.detach().cpu().clone() for name, value in self.state.detector.state_dict().items()}
 
     def saved(self, folder: Path) -> dict[str, Any]:
-        """The state through a file, as TrainState.save writes and read_state reads it."""
-        state = {name: getattr(self.state, name) for name in PLAIN}
-        state |= {"model": self.state.detector.state_dict(), "ema": self.state.ema.ema.state_dict()}
-        state |= {"updates": self.state.ema.updates, "optimizer": self.state.optimizer.state_dict()}
-        state["scaler"] = self.state.scaler and self.state.scaler.state_dict()
-        torch.save(state, folder / "state.pt")
-        return torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+        """The state through a file."""
+        write_state(folder, self.state.content(self.config, self.meter, {}))
+        return torch.load(states(folder)[0], map_location="cpu", weights_only=True)
 
 
 @contextlib.contextmanager
@@ -199,7 +198,7 @@ def parts(
         schedule = Schedule(config, images=len(labels), classes=3)
         model, optimizer = accelerator.prepare(detector, build_optimizer(detector, schedule))
         loader, positions = train_loader(TrainSet(labels, found.names, 3, config), schedule.batches, accelerator)
-        state = TrainState(detector, model, ema, optimizer, accelerator.scaler)
+        state = TrainState(detector, model, ema, optimizer, accelerator)
         watch = Watch(0, 1, 0, print)
         meter = Meter(accelerator, detector)
         yield Parts(state, schedule, accelerator, loader, positions, meter, watch, config)
@@ -328,7 +327,7 @@ def test_t5_workers_change_no_image(device: str, data: Path):
         with parts(device, data, workers=workers, mosaic=1.0) as run:
             seen[workers] = []
             for epoch in range(3):
-                run.positions.epoch = epoch
+                run.positions.set(epoch, 0, False)
                 for batch in run.loader:
                     seen[workers].append(hashlib.sha256(batch["img"].cpu().numpy().tobytes()).hexdigest())
     assert seen[0] == seen[2]
@@ -343,23 +342,23 @@ def test_t6_steps_that_overflow_are_skipped(device: str, data: Path, optimizer: 
     with parts(device, data, precision, scale, optimizer=optimizer, nbs=16) as run:
         unscaled = 0
         if device == "cuda":  # on CUDA
-            unscale = run.state.scaler.unscale_
+            unscale = run.accelerator.scaler.unscale_
 
             def counted(*arguments: Any) -> Any:
                 nonlocal unscaled
                 unscaled += 1
                 return unscale(*arguments)
 
-            run.state.scaler.unscale_ = counted
+            run.accelerator.scaler.unscale_ = counted
         before = {name: p.detach().cpu().clone() for name, p in run.state.detector.named_parameters()}
         steps = len(run.epoch())
         after = {name: p.detach().cpu() for name, p in run.state.detector.named_parameters()}
         assert steps == 3
         assert all(torch.equal(before[name], after[name]) for name in before)
-        assert run.state.scaler.get_scale() == scale / 2**steps
+        assert run.accelerator.scaler.get_scale() == scale / 2**steps
         assert all(value.isfinite().all() for value in run.state.ema.ema.state_dict().values())
         assert device == "cpu" or unscaled == steps
-        run.state.scaler.update(64.0)
+        run.accelerator.scaler.update(64.0)
         run.epoch()
         after = {name: p.detach().cpu() for name, p in run.state.detector.named_parameters()}
         assert not all(torch.equal(before[name], after[name]) for name in before)
@@ -387,7 +386,7 @@ def test_t7_resume_on_another_kind_of_device(device: str, data: Path, tmp_path: 
             expected = run.weights()
         with parts(end, data, **(common | second)) as run:  # type: ignore[arg-type]
             fused = run.state.optimizer.param_groups[0]["fused"]
-            run.state.load(copy.deepcopy(saved))
+            run.state.load(copy.deepcopy(saved), run.meter)
             assert run.state.optimizer.param_groups[0]["fused"] == fused == (end == "cuda")
             for p, slots in run.state.optimizer.state.items():
                 assert all(v.stride() == p.stride() for v in slots.values() if torch.is_tensor(v) and v.dim())
@@ -405,7 +404,7 @@ def test_t7_a_run_of_the_cpu_goes_on_in_fp16(device: str, data: Path, tmp_path: 
         saved = run.saved(tmp_path)
     precision = "fp16" if device == "cuda" else "bf16"
     with parts(device, data, precision, optimizer="AdamW", model=MODELS["cpu"], imgsz=64) as run:
-        run.state.load(saved)
+        run.state.load(saved, run.meter)
         run.epoch()
         assert all(value.isfinite().all() for value in run.weights().values())
 

@@ -21,7 +21,7 @@ from train.model.build import build_model
 from train.model.weights import as_checkpoint, load_detector
 from train.reporting import wandb_start
 from train.reporting.repository import git_state
-from train.training.state import read_state
+from train.training.resume import read_run
 
 NAMES = {0: "circle", 1: "square", 2: "triangle"}
 
@@ -48,7 +48,7 @@ def make_run(folder: Path, config: dict[str, Any], last: Any, state: Any) -> Non
     (folder / "weights").mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(asdict(TrainConfig()) | config | {"versions": {}}))
     torch.save(last, folder / "weights" / "last.pt")
-    torch.save(state, folder / "weights" / "state.pt")
+    torch.save(state, folder / "weights" / "state_7.pt")
 
 
 @pytest.fixture(scope="module")
@@ -101,9 +101,9 @@ def stranger(tmp_path_factory: pytest.TempPathFactory, shapes: Path) -> tuple[Pa
     torch.save(as_checkpoint(model, {"data": str(shapes), "imgsz": 64} | own, 0, {}), home / "savedir.pt")
 
     routes = [
-        Route(DETECT, ["--resume", "gift"], 2, r"gift/weights/last.pt is not a checkpoint|state.pt is damaged"),
-        Route(DETECT, ["--resume", "trap"], 2, "state.pt is damaged"),
-        Route(DETECT, ["--resume", "append"], 2, "state.pt is damaged"),
+        Route(DETECT, ["--resume", "gift"], 2, "state_7.pt is damaged"),
+        Route(DETECT, ["--resume", "trap"], 2, "state_7.pt is damaged"),
+        Route(DETECT, ["--resume", "append"], 2, "state_7.pt is damaged"),
         Route(DETECT, ["--cfg", "trust.yaml", *quick], 2, "evil.pt is not a checkpoint that can be loaded"),
         Route(DETECT, ["--cfg", "log.yaml", *quick], 0, ""),
         Route(DETECT, ["--cfg", "apply.yaml", *quick], 2, "is not YAML"),
@@ -257,7 +257,7 @@ def test_a_run_folder_whose_files_lead_elsewhere_is_refused(runs, tmp_path: Path
         shutil.move(run / name, elsewhere)
         (run / name).symlink_to(elsewhere)
         with pytest.raises(InputError, match=f"{name} is a link to "):
-            read_state(TrainConfig(resume=str(run), epochs=3))
+            read_run(TrainConfig(resume=str(run), project=str(run.parent), name=run.name, epochs=3))
 
 
 def test_wandb_asks_no_stranger_which_server_to_send_the_key_to(tmp_path: Path, monkeypatch):

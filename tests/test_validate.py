@@ -91,7 +91,7 @@ def test_validation_on_a_subset_goes_by_other_names_and_patience_counts_epochs(s
     # epoch 2 may be the last by --patience and is validated; nothing gets better, so epoch 4 is
     assert [bool(row["val_subset/AP"]) for row in rows] == [False, True, False, True]
     assert not any(name.startswith("val/") for name in rows[0])
-    assert "stopping: no better epoch than 2 for 2 epochs (--patience)" in console
+    assert "stopped: no better epoch than 2 for 2 epochs (--patience)" in console
     assert json.loads((run / "metrics.json").read_text())["images"] == 10
     assert "subset_AP" in json.loads((run / "metrics.json").read_text())
     assert "val_subset/AP" in load_detector(str(run / "weights" / "best.pt"))[1]["train_metrics"]

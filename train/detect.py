@@ -23,40 +23,59 @@ import numpy as np
 from torch import nn
 
 from train.config.errors import InputError
-from train.config.options import TrainConfig
+from train.config.options import TrainConfig, seconds_of
+from train.config.reading import AUTO
 from train.data.files import find_data
+from train.data.fingerprint import fingerprint
 from train.data.loaders import train_loader, val_loader
 from train.data.scan import check_usable, scan
 from train.data.sets import TrainSet, ValSet
 from train.evaluation.evaluate import Evaluation, evaluate
 from train.evaluation.truth import read_annotations, read_truth
-from train.model.build import ModelEMA, build_model, check_imgsz, largest_stride, set_class_weights, size_in_words
+from train.model.build import (
+    ModelEMA,
+    build_model,
+    check_imgsz,
+    largest_stride,
+    rebuild_model,
+    set_class_weights,
+    size_in_words,
+)
 from train.model.inference import digest, inference_copy
-from train.model.loss import build_criterion, end_of_epoch
+from train.model.loss import build_criterion, end_of_epoch, set_length
 from train.model.weights import fetch_weights, load_detector
 from train.processes.accelerator import resolved, start_processes, without_buffer_broadcast
 from train.processes.collectives import check_same, on_main, once_per_machine, sync_from_main
-from train.processes.files import check_file, check_folder, new_folder
+from train.processes.files import check_file, check_folder
 from train.processes.meeting import meet
 from train.processes.places import folder_here, hand_out
 from train.processes.script import run
+from train.processes.signals import Ended, limit
+from train.processes.stops import Stop
 from train.reporting.training_report import TrainingReport
-from train.training.engine import check_finite, train_one_epoch
+from train.training.engine import train_one_epoch
 from train.training.meter import Meter
 from train.training.optim import Schedule, build_optimizer
-from train.training.state import TrainState, nothing_left, read_state
+from train.training.resume import find_run, in_place, indivisible, nothing_left, open_folder, read_run
+from train.training.saves import Saves
+from train.training.state import TrainState
 
 
 def main(config: TrainConfig) -> None:
     """Train, from the configuration to the last checkpoint. Every rank runs all of it."""
     # All that can be wrong is found before the first label is read: a million of them take minutes.
     config.check()
-    if not config.resume:
+    if not config.resume or not in_place(config):
         check_folder(Path(config.project), "--project")
     check_file(config.log_file, "--log-file")
+    if config.time_limit:
+        limit(seconds_of(config.time_limit))
     config = meet(config)
     accelerator, why_precision = start_processes(config.mixed_precision, config.used_trackers, config.seed)
-    saved = on_main(accelerator, lambda: read_state(config)) if config.resume else None
+    if config.resume == AUTO:
+        found = on_main(accelerator, lambda: find_run(config))
+        config = replace(config, resume=found, name=Path(found).name if found else config.name)
+    saved, notes = on_main(accelerator, lambda: read_run(config)) if config.resume else (None, [])
     given, config = config, resolved(config, accelerator)
     report = TrainingReport(accelerator, config)
     if saved and nothing_left(config, saved):
@@ -65,17 +84,16 @@ def main(config: TrainConfig) -> None:
         return
     ranks = accelerator.num_processes
     if config.batch % ranks:
-        nearest = max(round(config.batch / ranks), 1) * ranks
-        raise InputError(f"--batch is {config.batch}; it must be divisible by the {ranks} processes, as {nearest} is.")
+        raise InputError(indivisible(config, ranks))
     data = once_per_machine(accelerator, lambda: find_data(config.data, config.single_cls, config.classes))
     check_same("The classes of --data", data.names, "Start all machines with the same data set.")
 
-    # Model. A resumed run is built from last.pt, which knows the architecture; state.load() below brings its weights.
-    if config.resume:
-        source = hand_out(accelerator, Path(config.resume) / "weights" / "last.pt")
+    # Model. A run that is gone on with has kept its architecture; state.load() below brings its weights.
+    if saved:
+        model = rebuild_model(config, saved["architecture"], saved["names"], data.names, data.channels)
     else:
         source = once_per_machine(accelerator, lambda: fetch_weights(config.model))
-    model, origin = build_model(config, source, data.names, data.channels)
+        model, origin = build_model(config, source, data.names, data.channels)
     check_same("The weights to start from (by a hash)", digest(model), "Give all machines the same --model.")
     stride = largest_stride(model)
     check_imgsz(config.imgsz, stride)
@@ -90,6 +108,8 @@ def main(config: TrainConfig) -> None:
     val_labels, truth, val_faults = read_truth(val_files, data.names, config, accelerator, annotations, report.reading)
     report.watch.end()
     check_usable(data.name, train_labels, val_labels, train_faults + val_faults, config)
+    before = saved["images"] if saved else {}
+    images = on_main(accelerator, lambda: fingerprint(train_labels, val_labels, before, config.resume))
 
     # The model's moving average (a copy, so it comes before the loss is attached), and the loss.
     counts = np.bincount(np.concatenate([labels.cls for labels in train_labels]).astype(int), minlength=len(data.names))
@@ -106,80 +126,93 @@ def main(config: TrainConfig) -> None:
     detector = model  # without the wrapping that prepare() adds
     train_set = TrainSet(train_labels, data.names, data.channels, config, stride)
     val_set = ValSet(val_labels, data.names, data.channels, config.imgsz, stride, config.rect is not False)
-    schedule = Schedule(config, images=len(train_set), classes=len(data.names))
+    schedule = Schedule(config, len(train_set), len(data.names), saved["picked"] if saved else "")
     model, optimizer = accelerator.prepare(model, build_optimizer(model, schedule))
     model = without_buffer_broadcast(model)
     train_batches, positions = train_loader(train_set, schedule.batches, accelerator)
     val_batches = val_loader(val_set, config, accelerator)
-    state = TrainState(detector, model, ema, optimizer, accelerator.scaler)
+    state = TrainState(detector, model, ema, optimizer, accelerator, picked=schedule.optimizer)
+    meter = Meter(accelerator, detector)
     if saved:
-        state.load(saved)
-        origin = f"{config.model}, resumed after epoch {state.epoch + 1}"
+        state.load(saved, meter)
+        origin = f"{config.model}, resumed after {state.where}"
+    if state.length:
+        schedule = schedule.over(state.length)
 
     # The run writes nothing before here, where nothing can be wrong with the input any more.
-    folder = on_main(accelerator, lambda: new_folder(Path(config.project), config.name, config.resume))
-    report.open(folder_here(accelerator, folder, Path(config.project), config.resume), given)
+    folder = on_main(accelerator, lambda: open_folder(config, saved))
+    stays = config.resume if saved and in_place(config) else ""
+    report.open(folder_here(accelerator, folder, Path(config.project), stays), given)
     weights = folder / "weights"  # the main process's, which alone writes there
-    on_main(accelerator, lambda: weights.mkdir(exist_ok=True))
     report.start_trackers(config, state)
     report.faults(train_faults + val_faults)
     report.banner(why_precision, f"{origin}; {size}", data.name, schedule, train_set, val_labels)
+    if saved:
+        report.going_on_from(state, notes)
 
     # What validation depends on is kept in the checkpoints, so that validate.py repeats it: the YAML's whole path, too.
     validated = replace(config, data=data.name, mixed_precision=config.val_precision or config.mixed_precision)
-    meter = Meter(accelerator, detector)
+    saves, stop = Saves(state, meter, given, images, weights), Stop(accelerator)
     best: Evaluation | None = None
-    for epoch in range(state.epoch + 1, config.epochs):
-        positions.epoch = epoch
-        report.epoch_starts(epoch, schedule)
-        batches = served(meter.timed(train_batches), epoch, report)
-        for progress in train_one_epoch(state, batches, schedule, accelerator, meter, report.watch):
-            report.measured(progress)
-        report.trained()
-        end_of_epoch(detector)  # of an end-to-end model's two losses one fades into the other
+    while (epoch := state.epoch + 1) < schedule.config.epochs and epoch - 1 - state.best_epoch < config.patience:
+        positions.set(epoch, state.batches, schedule.closed(epoch))
+        state.begin()
+        report.epoch_starts(state, schedule)
+        batches = served(meter.timed(train_batches), state, report)
+        for progress in train_one_epoch(state, batches, schedule, meter, report.watch, stop):
+            stop.begin()  # there is something to save from here on
+            report.measured(state, progress)
+            if progress.end or saves.due(progress):
+                report.saved(saves.save())
+            if progress.end:  # a signal, or the time is up: all ranks end after this step
+                report.stopped(state)
+                raise Ended(progress.end)
+        report.trained(state)
+        report.saved(saves.save())  # what follows may take long, or more memory than there is
+        stop.agree()
 
+        state.finish(epoch)
         sync_from_main(ema.ema)  # BatchNorm's running statistics are each rank's own
-        check_finite(ema.ema)
-        state.epoch = epoch
-        no_time_left = report.no_time_left(config.time)
-        ends = epoch + 1 == config.epochs or no_time_left or epoch - state.best_epoch >= config.patience
+        plans = config.time is not None and epoch == 0
+        ends = plans or epoch + 1 == schedule.config.epochs or epoch - state.best_epoch >= config.patience
         result: Evaluation | None = None
         if ends or (epoch + 1) % config.val_interval == 0:
             evaluated = inference_copy(ema.ema, accelerator.device, config.memory_format, losses=True)
-            result = evaluate(evaluated, report.watched(val_batches, "validating"), truth, validated, accelerator)
+            result = evaluate(evaluated, report.watched(val_batches, "validating"), truth, validated, accelerator, stop)
             state.note(result)  # is it the best so far?
             del evaluated  # a copy in the device's memory
             if state.best_epoch == epoch:
                 best = result
         # Your own code for an epoch goes here. `result` has the metrics of all ranks, and, on the main process alone,
         # the detections of all ranks; it is None where the epoch was not validated (--val-interval).
+        if plans:  # once, by the main process's clock; from here on the plan counts
+            state.length = report.epochs_within(config.time, state)
+            schedule = schedule.over(state.length)
+            set_length(detector, state.length)
+        end_of_epoch(detector)  # of an end-to-end model's two losses one fades into the other
         report.epoch(state, result, truth, last=ends)
-        on_main(accelerator, partial(state.save, validated, result, weights))
-        if no_time_left:
-            report.say(f"stopping: another epoch would not end within {config.time:g} hours (--time)")
-            break
-        if epoch - state.best_epoch >= config.patience:
-            report.say(
-                f"stopping: no better epoch than {state.best_epoch + 1} for {config.patience} epochs (--patience)"
-            )
-            break
+        report.saved(saves.save(validated, result), last=ends)
+        stop.agree()
+    if epoch < schedule.config.epochs:
+        report.say(f"stopped: no better epoch than {state.best_epoch + 1} for {config.patience} epochs (--patience)")
 
     if best is None:  # the best epoch was before the run was resumed
         best_model, _ = load_detector(hand_out(accelerator, weights / "best.pt"))
         evaluated = inference_copy(best_model, accelerator.device, config.memory_format)
-        best = evaluate(evaluated, report.watched(val_batches, "validating"), truth, validated, accelerator)
+        best = evaluate(evaluated, report.watched(val_batches, "validating"), truth, validated, accelerator, stop)
     report.say(f"best.pt, epoch {state.best_epoch + 1}:")
     report.evaluation(best, truth, validated)
     report.say(f"{report.taken()}; results in {folder}")
     report.close(state)
+    stop.close()
 
 
-def served(batches: Iterable[dict[str, Any]], epoch: int, report: TrainingReport) -> Iterator[dict[str, Any]]:
+def served(batches: Iterable[dict[str, Any]], state: TrainState, report: TrainingReport) -> Iterator[dict[str, Any]]:
     """This rank's batches of an epoch on their way to the forward; `train_loader` says what is in a batch."""
-    for i, batch in enumerate(batches):
+    for i, batch in enumerate(batches, state.batches):
         # Your own code for a batch goes here. It runs on every rank with that rank's share of the global batch, which
         # is on the device; images are uint8 and not yet rescaled by --multi-scale.
-        if epoch == 0 and i < 3:
+        if state.epoch < 0 and i < 3:
             report.training_batch(i, batch)
         yield batch
 

@@ -21,8 +21,9 @@ from typing import Any
 from accelerate import Accelerator
 
 from train.config.errors import InputError
-from train.config.options import FROM_CHECKPOINT, ValConfig
+from train.config.options import ValConfig
 from train.config.reading import parse, typed
+from train.config.sources import FROM_CHECKPOINT
 from train.config.words import printable
 from train.data.files import find_data
 from train.data.loaders import val_loader

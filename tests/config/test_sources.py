@@ -10,8 +10,9 @@ import torch
 
 from tests.conftest import TINY
 from train.config.errors import InputError
-from train.config.options import FROM_CHECKPOINT, FROM_FILE, EvalConfig, TrainConfig, ValConfig
+from train.config.options import EvalConfig, TrainConfig, ValConfig
 from train.config.reading import parse
+from train.config.sources import FROM_CHECKPOINT, FROM_FILE
 from train.config.words import printable
 from train.model.build import build_model
 from train.model.weights import as_checkpoint

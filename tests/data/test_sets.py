@@ -32,15 +32,17 @@ def same(a: dict, b: dict) -> bool:
 
 
 def test_a_sample_follows_from_seed_epoch_and_position_alone(train_set: TrainSet, shapes: Path, accelerator):
-    together = train_set.__getitems__([(0, p) for p in range(16)])
+    together = train_set.__getitems__([(0, p, False) for p in range(16)])
     random.seed(99)
     np.random.seed(99)
     torch.manual_seed(99)
     labels, names = load(shapes, "train", accelerator)
     other = TrainSet(labels, names, 3, train_set.config)
-    backwards = {p: other.__getitems__([(1, 3), (0, p)])[1] for p in reversed(range(16))}  # other neighbours, order
+    backwards = {
+        p: other.__getitems__([(1, 3, False), (0, p, False)])[1] for p in reversed(range(16))
+    }  # other neighbours, order
     assert all(same(together[p], backwards[p]) for p in range(16))
-    assert not same(together[0], train_set[(1, 0)])
+    assert not same(together[0], train_set[(1, 0, False)])
 
 
 def test_every_image_once_an_epoch_and_another_order_in_each(train_set: TrainSet):
@@ -64,7 +66,7 @@ def test_mosaic_partners_come_from_the_aligned_group(train_set: TrainSet):
     assert train_set.group(0, 39).tolist() == order[24:40].tolist()  # the last group is full too
     loaded: set[int] = set()
     for position in range(16, 32):
-        train_set.__getitems__([(0, position)])
+        train_set.__getitems__([(0, position, False)])
         loaded |= set(train_set._decoded)
     assert loaded <= set(order[16:32].tolist())
     assert len(loaded) > 8
@@ -78,14 +80,14 @@ def test_every_augmentation_option_reaches_ultralytics():
 
 
 def test_a_batch_of_whole_groups_decodes_each_image_once(train_set: TrainSet):
-    train_set.__getitems__([(0, p) for p in range(16)])
+    train_set.__getitems__([(0, p, False) for p in range(16)])
     assert len(train_set._decoded) == 16
 
 
 def test_the_last_epochs_have_no_mosaic(train_set: TrainSet):
-    train_set.__getitems__([(1, 0)])
+    train_set.__getitems__([(1, 0, False)])
     assert len(train_set._decoded) > 1
-    train_set.__getitems__([(2, 0)])  # close_mosaic=1 of 3 epochs
+    train_set.__getitems__([(2, 0, True)])
     assert len(train_set._decoded) == 1
 
 
@@ -104,7 +106,7 @@ def test_rect_batches_have_one_shape_and_little_padding(shapes: Path, accelerato
         order = dataset.order(epoch)
         assert len(set(order.tolist())) == len(order) == 40
         for batch in range(5):
-            samples = dataset.__getitems__([(epoch, batch * 8 + p) for p in range(8)])
+            samples = dataset.__getitems__([(epoch, batch * 8 + p, False) for p in range(8)])
             assert len({sample["img"].shape for sample in samples}) == 1
             shapes_seen.add(tuple(samples[0]["img"].shape[1:]))
             assert len(dataset._decoded) == 8  # no mosaic
@@ -118,7 +120,7 @@ def test_images_of_a_user_are_not_touched(shapes: Path, tmp_path: Path, accelera
     (tmp_path / "a.jpg").write_bytes(source.read_bytes())
     (tmp_path / "a.npy").write_bytes(b"not for Ultralytics to load, rewrite or remove")
     labels, _ = scan([str(tmp_path / "a.jpg")], {0: "a"}, TrainConfig(), accelerator)
-    TrainSet(labels, {0: "a"}, 3, TrainConfig(imgsz=64, batch=1))[(0, 0)]
+    TrainSet(labels, {0: "a"}, 3, TrainConfig(imgsz=64, batch=1))[(0, 0, False)]
     assert (tmp_path / "a.npy").read_bytes().startswith(b"not for Ultralytics")
 
 
@@ -133,8 +135,8 @@ def test_albumentations_are_seeded_by_the_sample(train_set: TrainSet, monkeypatc
             return labels
 
     monkeypatch.setattr(train_set.transforms, "transforms", [Spy(), *train_set.transforms.transforms])
-    train_set.__getitems__([(0, 1), (0, 2)])
-    train_set.__getitems__([(0, 2)])
+    train_set.__getitems__([(0, 1, False), (0, 2, False)])
+    train_set.__getitems__([(0, 2, False)])
     assert seeds[0] != seeds[1] == seeds[2]
 
 

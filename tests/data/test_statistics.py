@@ -54,7 +54,7 @@ def statistics(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, 
     config = TrainConfig(imgsz=160, epochs=10_000)
     labels, _ = scan(data.images("train"), data.names, config, Accelerator(cpu=True))
     n = len(labels)
-    keys = [(i // n, i % n) for i in range(2 * SAMPLES)]
+    keys = [(i // n, i % n, False) for i in range(2 * SAMPLES)]
     ours = TrainSet(labels, data.names, 3, config)
     mine = [sample for i in range(0, len(keys), 16) for sample in ours.__getitems__(keys[i : i + 16])]
 

@@ -15,6 +15,7 @@ import pytest
 import train
 from tests.conftest import DETECT, ROOT, TINY, launch
 from train.processes import scratch
+from train.training.saves import states
 
 QUICK = ["--model", str(TINY), "--imgsz", "64", "--batch", "8", "--nbs", "8", "--trackers", "none", "--no-plots"]
 
@@ -76,11 +77,11 @@ def test_a_signal_leaves_a_line_and_nothing_else(
     process.send_signal(number)
     _, err = process.communicate(timeout=60)
     assert process.returncode == (3 if number == signal.SIGTERM else 128 + number)
-    assert err == f"{words}\n"
+    assert err == f"{words}; go on with --resume {tmp_path}/runs/detect/exp\n"
     run = tmp_path / "runs" / "detect" / "exp"
     for rank in range(ranks):
         assert words in (run / "logs" / f"rank{rank}.log").read_text().splitlines()[-1]
-    assert (run / "weights" / "state.pt").exists()
+    assert states(run / "weights")
     assert left_in(temporary) == []
 
 

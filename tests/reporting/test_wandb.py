@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.conftest import DETECT, TINY, launch, succeed
+from tests.conftest import DETECT, TINY, launch, state_of, succeed
 from tests.reporting.wandb_file import read
 
 QUICK = "--imgsz 160 --batch 8 --nbs 8 --warmup-epochs 0 --workers 0 --optimizer AdamW --lr0 1e-4"
@@ -41,7 +41,7 @@ def test_one_run_with_its_id_in_folder_and_checkpoints(tracked, records):
     (run,) = records["run"][:1]
     id_ = (folder / "wandb_id.txt").read_text().strip()
     assert run.run_id == id_
-    assert torch.load(folder / "weights" / "state.pt", weights_only=True)["wandb_id"] == id_
+    assert state_of(folder)["wandb_id"] == id_
     for name in ("best.pt", "last.pt"):
         assert torch.load(folder / "weights" / name, weights_only=False)["wandb_id"] == id_
     assert (run.project, run.entity, run.display_name, run.run_group, run.notes) == ("mine", "us", "n", "g", "why")
@@ -103,7 +103,7 @@ def test_summary_and_model(tracked, records):
     summary: dict[str, Any] = {}
     for update in records["summary"]:
         summary |= update
-    state = torch.load(folder / "weights" / "state.pt", weights_only=True)
+    state = state_of(folder)
     assert summary["best/AP"] == state["best_ap"]
     assert summary["best/epoch"] == state["best_epoch"] + 1
     aliases = {

@@ -1,5 +1,6 @@
 """The same training on one process and on two: images, pixels, losses, weights."""
 
+import itertools
 import json
 import re
 from pathlib import Path
@@ -16,12 +17,17 @@ WORKER = ROOT / "tests" / "workers" / "parity.py"
 def trained(tmp_path_factory: pytest.TempPathFactory, shapes: Path) -> dict[tuple[str, int], list[dict]]:
     """What each rank saw and ended with, by mode of the worker and number of processes; one launch for each number."""
     folder, found = tmp_path_factory.mktemp("parity"), {}
-    for ranks, modes in ((1, ("global", "local")), (2, ("global", "local", "ddp"))):
+    left = folder / "1" / "leave"
+    for ranks, modes in ((1, ("global", "local", "leave")), (2, ("global", "local", "ddp", "leave", f"enter={left}"))):
         succeed(ranks, WORKER, shapes, folder / str(ranks), *modes, cwd=folder)
-        for mode in modes:
+        for mode in (mode.partition("=")[0] for mode in modes):
             files = [folder / str(ranks) / mode / f"rank{rank}" for rank in range(ranks)]
             found[mode, ranks] = [
-                {**json.loads(file.with_suffix(".json").read_text()), **torch.load(file.with_suffix(".pt"))}
+                {
+                    "folder": str(file.parent),
+                    **json.loads(file.with_suffix(".json").read_text()),
+                    **torch.load(file.with_suffix(".pt")),
+                }
                 for file in files
             ]
     return found
@@ -56,6 +62,34 @@ def test_the_local_normaliser_is_plain_ddp_over_ultralytics_loss(trained: dict[t
     ours, ddp, alone = trained["local", 2][0], trained["ddp", 2][0], trained["local", 1][0]
     assert furthest(ours["model"], ddp["model"]) <= 1e-6
     assert furthest(ours["model"], alone["model"]) > 1e-4
+
+
+def check_elastic(stayed: list[dict], went: list[dict]) -> None:
+    """What a run trained after a state that it saved within an epoch, and what another number of ranks made of that."""
+    whole, rest = (
+        [[*itertools.chain(*shares)] for shares in zip(*(rank["seen"] for rank in ranks), strict=True)]  # by batch
+        for ranks in (stayed, went)
+    )
+    assert rest == whole[4:]  # the fifth batch of the first epoch, then all: none twice, none left out, pixel by pixel
+    assert len(rest) == 1 + 5 + 2  # batches in one, three and one steps
+    assert went[0]["updates"] == stayed[0]["updates"] == 2 + 5
+    assert furthest(went[0]["model"], stayed[0]["model"]) <= 1e-5
+    assert furthest(went[0]["ema"], stayed[0]["ema"]) <= 1e-5
+    assert went[0]["losses"] == pytest.approx(stayed[0]["losses"], rel=1e-5)
+
+
+def test_a_state_within_an_epoch_goes_on_on_another_number_of_processes(trained: dict[tuple[str, int], list[dict]]):
+    check_elastic(trained["leave", 1], trained["enter", 2])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_a_state_of_two_processes_goes_on_on_one_and_on_four(trained, tmp_path: Path, shapes: Path, ranks: int):
+    left = Path(trained["leave", 2][0]["folder"])
+    succeed(ranks, WORKER, shapes, tmp_path, f"enter={left}", cwd=tmp_path)
+    files = [tmp_path / "enter" / f"rank{rank}" for rank in range(ranks)]
+    went = [json.loads(f.with_suffix(".json").read_text()) | torch.load(f.with_suffix(".pt")) for f in files]
+    check_elastic(trained["leave", 2], went)
 
 
 FAMILIES = ("yolov5n", "yolov8n", "yolov9t", "yolov10n", "yolo11n", "yolo12n", "yolo26n")

@@ -19,6 +19,7 @@ from train.data.scan import scan
 from train.data.sets import TrainSet
 from train.model.build import ModelEMA, build_model
 from train.model.loss import build_criterion, end_of_epoch
+from train.processes.stops import Stop
 from train.processes.watch import Watch
 from train.training.engine import train_one_epoch
 from train.training.meter import Meter
@@ -106,7 +107,7 @@ def test_weights_and_average_are_those_of_ultralytics_trainer(model: str, optimi
     labels, _ = scan(data.images("train", config.fraction), data.names, config, accelerator)
     dataset = TrainSet(labels, data.names, 3, config)
     epochs = [
-        [dataset.collate_fn(dataset.__getitems__([(e, 4 * i + p) for p in range(4)])) for i in range(BATCHES)]
+        [dataset.collate_fn(dataset.__getitems__([(e, 4 * i + p, False) for p in range(4)])) for i in range(BATCHES)]
         for e in range(2)
     ]
     torch.manual_seed(0)
@@ -130,14 +131,14 @@ def test_weights_and_average_are_those_of_ultralytics_trainer(model: str, optimi
     detector.criterion = build_criterion(detector, lambda value: value, ranks=1)
     schedule = Schedule(config, images=20, classes=3)
     sgd = build_optimizer(detector, schedule)
-    state = TrainState(detector, detector, ema, sgd, None)
+    state = TrainState(detector, detector, ema, sgd, accelerator)
     meter, watch = Meter(accelerator, detector), Watch(0, 1, 0, print)
-    before = deepcopy(detector.state_dict())
+    stop, before = Stop(accelerator), deepcopy(detector.state_dict())
     for epoch in range(2):
         loader = meter.timed(deepcopy(epochs[epoch]))
-        assert len(list(train_one_epoch(state, loader, schedule, accelerator, meter, watch))) == (4, 3)[epoch]
+        assert len(list(train_one_epoch(state, loader, schedule, meter, watch, stop))) == (4, 3)[epoch]
         end_of_epoch(detector)
-        state.epoch = epoch
+        state.finish(epoch)
     watch.close()
     assert ema.updates == trainer.ema.updates == 4 + 3  # steps: warm-up, then groups of two and a rest of one
     assert furthest(detector.state_dict(), before) > 1e-3

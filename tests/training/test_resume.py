@@ -1,6 +1,7 @@
 """Going on with a run: each case does the right thing or says what to type; nothing is done or written for nothing."""
 
 import copy
+import csv
 import hashlib
 import json
 import os
@@ -17,7 +18,9 @@ import torch
 from tests.conftest import DETECT, ROOT, succeed
 from train.config.errors import InputError
 from train.config.options import TrainConfig
-from train.training.state import TrainState, read_state
+from train.training.resume import read_run
+from train.training.saves import states
+from train.training.state import TrainState
 
 
 def hashes(folder: Path) -> dict[str, str]:
@@ -28,38 +31,69 @@ def hashes(folder: Path) -> dict[str, str]:
 def test_each_way_to_go_on(runs, shapes: Path, tmp_path: Path):
     finished = tmp_path / "finished"
     shutil.copytree(runs[1][0], finished)
-    names = {"damaged": None, "stateless": None, "broken": None, "moved": None, "headless": None, "busy": None}
+    names = ("half", "damaged", "stateless", "broken", "moved", "headless", "busy", "swapped", "later", "bestless")
     for name in names:
         shutil.copytree(finished, tmp_path / name)
-    state = finished / "weights" / "state.pt"
-    (tmp_path / "damaged" / "weights" / "state.pt").write_bytes(state.read_bytes()[:1000])
-    (tmp_path / "stateless" / "weights" / "state.pt").unlink()
+        if name != "finished":
+            (tmp_path / name / "status.json").unlink()
+    newest, older = states(finished / "weights")
+    for name in ("half", "damaged"):
+        (tmp_path / name / "weights" / newest.name).write_bytes(newest.read_bytes()[:1000])
+    flipped = bytearray(older.read_bytes())
+    flipped[len(flipped) // 2] ^= 1
+    (tmp_path / "damaged" / "weights" / older.name).write_bytes(flipped)
+    for state in states(tmp_path / "stateless" / "weights"):
+        state.unlink()
+    content = torch.load(newest, weights_only=True)
+    torch.save(content | {"format": 99}, tmp_path / "later" / "weights" / newest.name)
+    (tmp_path / "bestless" / "weights" / "best.pt").write_bytes(b"another")
+    (tmp_path / "bestless" / "weights" / "best_before.pt").unlink(missing_ok=True)
+    (tmp_path / "bestless" / "weights" / "last.pt").unlink()
     busy = {"state": "running", "host": platform.node(), "pid": os.getpid(), "started": time.time()}
     (tmp_path / "busy" / "status.json").write_text(json.dumps(busy | {"updated": time.time()}))
     (tmp_path / "broken" / "config.json").write_text('{"epochs": 3')
-    (tmp_path / "headless" / "weights" / "last.pt").write_bytes(b"noise")
+    config = json.loads((finished / "config.json").read_text())
+    (tmp_path / "swapped" / "config.json").write_text(json.dumps(config | {"lr0": 0.5}))
+    (tmp_path / "headless" / "weights" / "last.pt").write_bytes(b"noise")  # it is not needed
     root = f"path: {shapes.parent}\ntrain: images/train\nval: images/val\n"
     (tmp_path / "there.yaml").write_text(root + "names: [circle, square, triangle]\n")
     (tmp_path / "renamed.yaml").write_text(root + "names: [circle, cube, triangle]\n")
     (tmp_path / "more.yaml").write_text(root + "names: [circle, square, triangle, hexagon]\n")
+    changed = shutil.copytree(shapes.parent, tmp_path / "changed")
+    label = sorted((changed / "labels" / "train").iterdir())[3]
+    label.write_text("0 0.5 0.5 0.25 0.25\n")
+    fewer = shutil.copytree(shapes.parent, tmp_path / "fewer")
+    sorted((fewer / "images" / "val").iterdir())[5].unlink()
     cases = [
         (["--resume", "finished"], 0, "nothing is left to train: finished has its 2 epochs; more with --epochs"),
         (["--resume", "finished/weights/last.pt"], 0, "nothing is left to train"),
         (["--resume", "finished", "--epochs", "1"], 2, "--epochs is 1, but 2 epochs of finished are done"),
-        (["--resume", "damaged"], 2, "damaged/weights/state.pt is damaged (RuntimeError). Start a new run from the "
-         "weights: --model damaged/weights/last.pt"),
-        (["--resume", "stateless"], 2, "there is no stateless/weights/state.pt; no epoch was finished there"),
+        (["--resume", "finished", "--batch", "4"], 2, "leave out --batch (it is 4, the run's is 8)"),
+        (["--resume", "damaged"], 2, f"damaged/weights/{newest.name} is damaged (RuntimeError), damaged/weights/"
+         f"{older.name} is damaged (its checksum is wrong), and there is no other. Start a new run from the weights: "
+         "--model damaged/weights/last.pt"),
+        (["--resume", "stateless"], 2, "there is no stateless/weights/state_….pt; nothing was saved there yet"),
         (["--resume", "broken"], 2, "--resume broken/config.json is not JSON"),
-        (["--resume", "headless", "--epochs", "3"], 2, "headless/weights/last.pt is not a checkpoint"),
+        (["--resume", "swapped"], 2, "leave out --lr0 (it is 0.5, the run's is 0.01)"),
+        (["--resume", "later"], 2, "was saved by a newer version of these scripts; update them"),
+        (["--resume", "bestless"], 2, "the best.pt that belongs to it is not in bestless/weights any more"),
         (["--resume", "moved", "--epochs", "3", "--data", "renamed.yaml"], 2,
          "knows class 1 as 'square', renamed.yaml names it 'cube'. Start a new run from its weights: --model "),
         (["--resume", "moved", "--epochs", "3", "--data", "more.yaml"], 2,
          "was trained on 3 classes, more.yaml names 4"),
-        (["--resume", "busy", "--epochs", "3"], 2, f"the run is still running, as process {os.getpid()}. Let it end"),
+        (["--resume", "moved", "--epochs", "3", "--data", "changed/shapes.yaml"], 2,
+         f"train has 1 images of another name, size or label than when the run began; first {changed}/images/train/"
+         f"{label.stem}.jpg"),
+        (["--resume", "moved", "--epochs", "3", "--data", "fewer/shapes.yaml"], 2,
+         f"val has 20 images and had 21 when the run began; first {fewer}/images/val/"),
+        (["--resume", "busy", "--epochs", "3"], 2, f"the run is still running, as process {os.getpid()}"),
         (["--resume", "gone"], 2, "--resume gone/config.json cannot be read: No such file or directory"),
     ]  # fmt: skip
     before = hashes(tmp_path)
-    cases.append((["--resume", "moved", "--epochs", "3", "--data", "there.yaml"], 0, "epoch 3/3  val"))
+    moved = ["--resume", "moved", "--epochs", "3", "--data", "there.yaml", "--log-level", "debug"]
+    cases.append((moved, 0, "--epochs 2 -> 3"))
+    cases.append((["--resume", "half"], 0, f"warning: half/weights/{newest.name} is damaged (RuntimeError); the state"))
+    cases.append((["--resume", "headless", "--epochs", "3", "--project", "new", "--name", "more"], 0, "new/more"))
     done = subprocess.run(
         [sys.executable, str(ROOT / "tests" / "workers" / "mistakes.py")],
         input="".join(json.dumps([str(DETECT), *arguments]) + "\n" for arguments, _, _ in cases),
@@ -72,22 +106,32 @@ def test_each_way_to_go_on(runs, shapes: Path, tmp_path: Path):
         said = " ".join((result["out"] + result["err"]).split())
         assert (result["code"], message in said) == (code, message in said), (arguments, said[-600:])
         assert " ".join(message.split()) in said, (arguments, said[-600:])
-        if code == 2 or "nothing" in message:
+        if (code == 2 and "when the run began" not in message) or "nothing is left" in message:
             assert "reading the labels" not in said, arguments  # which take minutes where there are many
     after = hashes(tmp_path)
-    changed = {name for name in after if after[name] != before.get(name)}
-    assert changed
-    assert all(name.startswith("moved/") for name in changed), changed
+    changed_files = {name for name in after if after[name] != before.get(name) and not name.endswith("/.lock")}
+    assert {name.partition("/")[0] for name in changed_files} == {"moved", "half", "new"}
     config = json.loads((tmp_path / "moved" / "config.json").read_text())
     assert (config["data"], config["epochs"]) == ("there.yaml", 3)
+    for place, epochs in (("moved", 3), ("half", 2), ("new/more", 3)):
+        with open(tmp_path / place / "results.csv", newline="") as file:
+            assert [row["epoch"] for row in csv.DictReader(file)] == [str(epoch + 1) for epoch in range(epochs)]
+        assert (tmp_path / place / "weights" / "best.pt").exists()
 
 
-def test_a_run_in_a_read_only_folder_says_how_to_copy_it(runs, monkeypatch):
+def test_a_run_in_a_read_only_folder_says_where_to_go_on(runs, monkeypatch):
     run = runs[1][0]
     allowed = os.access
     monkeypatch.setattr(os, "access", lambda path, mode: str(run) not in str(path) and allowed(path, mode))
-    with pytest.raises(InputError, match=r"cannot be written to. Copy it and go on in the copy: mkdir -p .*cp -r "):
-        read_state(TrainConfig(resume=str(run), epochs=3))
+    here = TrainConfig(resume=str(run), project=str(run.parent), name=run.name, epochs=3)
+    with pytest.raises(InputError, match=r"cannot be written to. Go on in a new one: --resume .* --project"):
+        read_run(here)
+    stored = json.loads((run / "config.json").read_text())
+    elsewhere = {name: stored[name] for name in vars(TrainConfig()) if name in stored} | {"resume": str(run)}
+    for name, value in elsewhere.items():
+        elsewhere[name] = tuple(value) if isinstance(value, list) else value
+    saved, _ = read_run(TrainConfig(**(elsewhere | {"project": "elsewhere"})))
+    assert saved["epoch"] == 1
 
 
 @pytest.mark.parametrize("saved_in", [torch.contiguous_format, torch.channels_last])

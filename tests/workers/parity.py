@@ -2,15 +2,16 @@
 
 usage: parity.py DATA.yaml OUT MODE …, one after the other: `global` is the loss of the global batch, `local` has
 --local-loss-norm, `ddp` is plain DDP over Ultralytics' unmodified loss, `sync` shares BatchNorm's statistics, `fp16` is
-`global` in that precision (CUDA; by itself). Results go to OUT/MODE.
+`global` in that precision (CUDA; by itself). `leave` saves after the second of three steps of an epoch and takes five
+more; `enter=FOLDER` goes on from what another number of processes has left in FOLDER, for as many. Results go to
+OUT/MODE.
 """
 
 import hashlib
 import json
 import os
 import sys
-from functools import partial, reduce
-from operator import add
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,10 +27,12 @@ from train.data.sets import TrainSet
 from train.model.build import ModelEMA, build_model
 from train.model.loss import build_criterion
 from train.processes.accelerator import start_processes
+from train.processes.stops import Stop
 from train.processes.watch import Watch
 from train.training.engine import train_one_epoch
 from train.training.meter import Meter
 from train.training.optim import Schedule, build_optimizer
+from train.training.saves import states, write_state
 from train.training.state import TrainState
 
 
@@ -41,11 +44,12 @@ def freeze_batchnorm(model: nn.Module) -> None:
             module.train = lambda mode=True: None  # type: ignore[method-assign]
 
 
-def main(accelerator: Accelerator, data_yaml: str, mode: str, out: Path) -> None:
-    local = mode in ("local", "ddp")
+def main(accelerator: Accelerator, data_yaml: str, mode: str, out: Path, left: str = "") -> None:
+    local, elastic = mode in ("local", "ddp"), mode in ("leave", "enter")
     # 40 images are five batches; two make a step, so that accumulation and its remainder are inside: 3 steps an epoch.
     config = TrainConfig(
-        data=data_yaml, imgsz=64, batch=8, nbs=8 if local else 16, epochs=1 if mode != "global" else 2, close_mosaic=0,
+        data=data_yaml, imgsz=64, batch=8, nbs=8 if local else 16,
+        epochs=3 if elastic else 1 if mode != "global" else 2, close_mosaic=1 if elastic else 0,
         optimizer="SGD", lr0=0.01, warmup_epochs=0, workers=0, mixup=0.2, degrees=5.0, local_loss_norm=local,
     )  # fmt: skip
     set_seed(1)
@@ -69,7 +73,8 @@ def main(accelerator: Accelerator, data_yaml: str, mode: str, out: Path) -> None
     optimizer = build_optimizer(model, schedule)
     model, optimizer = accelerator.prepare(model, optimizer)
     loader, positions = train_loader(TrainSet(labels, data.names, 3, config), schedule.batches, accelerator)
-    state = TrainState(detector, model, ema, optimizer, accelerator.scaler)
+    state = TrainState(detector, model, ema, optimizer, accelerator)
+    stop, out_of = Stop(accelerator), states(Path(left)) if left else []
     meter, watch = Meter(accelerator, detector), Watch(accelerator.process_index, accelerator.num_processes, 0, print)
 
     seen: list[list[str]] = []  # digests of this rank's images, by batch
@@ -91,12 +96,23 @@ def main(accelerator: Accelerator, data_yaml: str, mode: str, out: Path) -> None
             optimizer.step()
             optimizer.zero_grad()
     else:
-        for epoch in range(config.epochs):
-            positions.epoch = epoch
-            batches = meter.timed(loader)
-            steps = list(train_one_epoch(state, batches, schedule, accelerator, meter, watch))
-            losses = reduce(add, (step.window for step in steps if step.window is not None)).means()
-            state.epoch = epoch
+        if out_of:
+            state.load(torch.load(out_of[0], weights_only=True), meter)
+        for epoch in range(state.epoch + 1, config.epochs):
+            positions.set(epoch, state.batches, schedule.closed(epoch))
+            state.begin()
+            for progress in train_one_epoch(state, meter.timed(loader), schedule, meter, watch, stop):
+                if elastic and progress.global_step == 2 + 5:
+                    break
+                if mode == "leave" and progress.global_step == 2:
+                    content = state.content(config, meter, {})  # collective
+                    if accelerator.is_main_process:
+                        out.mkdir(parents=True, exist_ok=True)
+                        write_state(out, content)
+            losses = state.whole.means() if state.whole is not None else {}
+            if elastic and state.ema.updates == 2 + 5:
+                break
+            state.finish(epoch)
     watch.close()
     handle.remove()
     rank = accelerator.process_index
@@ -120,6 +136,7 @@ def gpus_in_use() -> list[int]:
 
 
 accelerator, _ = start_processes("fp16" if "fp16" in sys.argv[3:] else "no", [])
-for mode in sys.argv[3:]:
-    main(accelerator, sys.argv[1], mode, Path(sys.argv[2]) / mode)
+for given in sys.argv[3:]:
+    mode, _, left = given.partition("=")
+    main(accelerator, sys.argv[1], mode, Path(sys.argv[2]) / mode, left)
 accelerator.end_training()

@@ -6,7 +6,8 @@ side.
 
 import importlib.util
 import math
-from dataclasses import dataclass, fields
+import re
+from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -153,7 +154,7 @@ class Training:
     epochs: int = 100
     """How often every image is seen."""
     time: float | None = None
-    """Hours: no epoch is begun that would end later, going by the last one."""
+    """Hours: after the first epoch --epochs becomes the number that fits into them; planned once, kept on --resume."""
     patience: int = 100
     """Stop after this many epochs without a better 0.1·AP50 + 0.9·AP."""
     val_interval: int = 1
@@ -258,6 +259,12 @@ class Output:
     """Folder that holds the runs."""
     name: str = "exp"
     """Name of the run's folder; exp2, exp3, … where it is taken."""
+    save_interval: int | str = "15m"
+    """Save what --resume goes on from after so many optimizer steps (500) or minutes (15m), and after every epoch."""
+    time_limit: str = ""
+    """Time since its start (11h30m, 90m) after which the run saves and ends with code 3, to be gone on with."""
+    save_period: int = -1
+    """Keep the checkpoint of every so many epochs as weights/epoch<N>.pt; below 1 only best.pt and last.pt are."""
     strict: bool = False
     """End where an image or a label file is faulty, instead of leaving it out."""
     trackers: tuple[str, ...] = ("wandb",)
@@ -285,7 +292,7 @@ class Resuming:
     """Going on with a run, and whose W&B it goes to. These count from the command line alone."""
 
     resume: str = ""
-    """Folder of a run to go on with, after its last finished epoch and with its options, in the same folder."""
+    """Folder of a run to go on with, at its last save; `auto`: the newest unfinished run of these options, or a new."""
     wandb_entity: str = ""
     """User or team on W&B; unset takes WANDB_ENTITY, else your own."""
 
@@ -311,7 +318,14 @@ class TrainConfig(Training, Recipe, Augmentation, Output, Resuming, Wandb, EvalC
         faults += _outside(self, 0, 1, "mosaic", "mixup", "cutmix", "copy_paste", "cls_pw")
         faults += _outside(self, 0, 0.001, "perspective") + _outside(self, ABOVE_0, math.inf, "fraction")
         if self.time is not None:
-            faults += _outside(self, 0, math.inf, "time")
+            faults += _outside(self, ABOVE_0, math.inf, "time")
+        if isinstance(self.save_interval, int) and self.save_interval < 1:
+            faults.append(
+                f"--save-interval is {self.save_interval}; it must be 1 or more steps, or a time such as 15m."
+            )
+        for name, value in (("save_interval", self.save_interval), ("time_limit", self.time_limit)):
+            if isinstance(value, str) and value and not seconds_of(value):
+                faults.append(f"--{name.replace('_', '-')} is {value!r}; a time is written 11h30m, 90m or 45s.")
         if self.rect and self.multi_scale:
             faults.append("--rect and --multi-scale contradict each other: both set the shape of a batch.")
         if not self.name.strip():
@@ -357,24 +371,10 @@ class ValConfig(Evaluating, Files, EvalConfig):
         return faults
 
 
-# Which options each source may set. What is not listed counts from the command line alone: it runs code, or names a
-# place that is written over or appended to. `project` and `name` only ever make new folders.
-FROM_FILE = frozenset(
-    field.name
-    for group in (Training, Recipe, Augmentation, Output, Wandb, Evaluating, Data, Validation, Computing, Logging)
-    for field in fields(group)
-)
-# What may differ between the machines of a run: where things are, and what concerns one process or machine alone.
-OF_A_MACHINE = frozenset({
-    "data", "annotations", "model", "weights", "predictions", "project", "save_dir", "log_file", "resume", "workers",
-    "progress", "log_level", "hang_timeout", "trust_checkpoint",
-    *(field.name for field in fields(Wandb)), "wandb_entity",
-})  # fmt: skip
-# A checkpoint says what it was validated with. A subset is an economy of its training; the rest belongs to the machine.
-FROM_CHECKPOINT = frozenset({
-    "data", "imgsz", "split", "annotations", "classes", "single_cls", "val_batch", "rect", "conf", "iou", "max_det",
-    "max_dets", "end2end", "mixed_precision", "channels_last",
-})  # fmt: skip
+def seconds_of(time: str) -> float:
+    """Seconds of a time such as 11h30m, 1.5h, 15m or 45s; 0 where it is none."""
+    parts = re.fullmatch(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s)?", time.strip().lower())
+    return sum(float(n) * unit for n, unit in zip(parts.groups(), (3600, 60, 1), strict=True) if n) if parts else 0.0
 
 
 def _outside(config: Any, low: float, high: float, *names: str) -> list[str]:

@@ -18,11 +18,13 @@ import tyro
 from ultralytics.cfg import get_cfg
 
 from train.config.errors import InputError
-from train.config.options import FROM_FILE, C, EvalConfig
+from train.config.options import C, EvalConfig, TrainConfig
 from train.config.plain import mapping_of, text_of
+from train.config.sources import FROM_FILE, MAY_CHANGE, differences
 from train.config.words import as_flag, check_flags, in_words, unknown_words
 
 Kept = Callable[[C, frozenset[str]], dict[str, Any]]
+AUTO = "auto"  # of --resume: the newest run of the same options, if it is not finished
 LARGEST = 10_000_000  # bytes of a file of options
 
 
@@ -55,31 +57,29 @@ def parse(
     run, cfg = _value_of("--resume", arguments), _value_of("--cfg", arguments)
     if empty := [flag for flag in ("--resume", "--cfg") if _values_of(flag, arguments)[:1] == [""]]:
         raise InputError(f"{empty[0]} is empty; is a variable not set?")
+    run = "" if run == AUTO else run
     contradicting = [flag for flag in ("--model", "--cfg") if run and _value_of(flag, arguments)]
     if contradicting:
         raise InputError(f"--resume goes on with the run's own options; leave out {', '.join(contradicting)}.")
+    values: dict[str, Any] = {}
+    warnings: list[str] = []
     if run:
         run = run_folder(run)
-        values: dict[str, Any] = {}
-        warnings: list[str] = []
         # Of several machines the first alone needs the run's folder; all take its options.
         if os.environ.get("RANK", "0") == "0" or os.path.exists(f"{run}/config.json"):
             values, warnings = _read_file(kind, f"{run}/config.json", "--resume")
-    else:
-        values, warnings = _read_file(kind, os.path.expanduser(cfg), "--cfg") if cfg else ({}, [])
+            place = Path(run) if Path(run).name not in ("", "..") else Path(run).resolve()
+            values |= {"project": str(place.parent), "name": place.name}  # a typed --project makes a new folder
+    elif cfg:
+        values, warnings = _read_file(kind, os.path.expanduser(cfg), "--cfg")
     options = _parsed(kind, description, arguments, values)
     for name, value in options.items():  # which a shell does not do behind `--data=`, in quotes and in files
         if isinstance(value, str) and value.startswith("~"):
             options[name] = os.path.expanduser(value)
-    if run:  # results.csv has columns for them, and the best epoch is the best by them
+    if run:
         options["resume"] = run
-        fixed = ("split", "val_fraction", "val_limit", "max_dets")
-        changed = [name for name in fixed if options[name] != values.get(name, getattr(kind(), name))]
-        if bool(options["annotations"]) != bool(values.get("annotations")):  # the file may have moved with the data
-            changed.append("annotations")
-        if changed:
-            flags = ", ".join(map(as_flag, changed))
-            raise InputError(f"--resume goes on with what the run is measured by; leave out {flags}.")
+        if values:
+            check_unchanged(options, values)
     config = kind(**options)
     if kept is not None:
         flags_given = (a.partition("=")[0].removeprefix("--").replace("-", "_") for a in arguments if a[:2] == "--")
@@ -87,6 +87,22 @@ def parse(
         below = kept(config, given)
         config = dataclasses.replace(config, **{name: value for name, value in below.items() if name not in given})
     return config, warnings
+
+
+def check_unchanged(own: dict[str, Any], theirs: dict[str, Any]) -> None:
+    """Raise InputError where a run is to be gone on with by other options that change its numbers.
+
+    Args:
+        own: options by name, that were asked for.
+        theirs: the run's.
+    """
+    changed = differences(own, theirs, MAY_CHANGE)
+    if bool(own["annotations"]) != bool(theirs.get("annotations")):  # the file may have moved with the data
+        changed.append("annotations")
+    if changed:
+        plain = dataclasses.asdict(TrainConfig())
+        said = ", ".join(f"{as_flag(n)} (it is {own[n]!r}, the run's is {theirs.get(n, plain[n])!r})" for n in changed)
+        raise InputError(f"--resume goes on with the run's own options; leave out {said}.")
 
 
 def run_folder(named: str) -> str:

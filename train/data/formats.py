@@ -25,6 +25,7 @@ class Labels:
     cls: np.ndarray  # (n,) class indices
     boxes: np.ndarray  # (n, 4) float64 xywh: centre and size, normalised to the image
     segments: list[np.ndarray]  # (k, 2) polygons, normalised; empty where the file holds boxes
+    size: int = 0  # bytes of the image
 
 
 def read_label(text: str, classes: int) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
@@ -68,7 +69,7 @@ def read_label(text: str, classes: int) -> tuple[np.ndarray, np.ndarray, list[np
 def read_image(im_file: str, label_file: str, image_id: int, classes: int) -> Labels | str:
     """One image's labels, or why it cannot be used: the loader would refuse it, or its label file is wrong."""
     try:
-        check_regular(im_file)
+        size = check_regular(im_file)
         with Image.open(im_file) as image:
             image.verify()
             (width, height), kind = exif_size(image), str(image.format)
@@ -77,7 +78,7 @@ def read_image(im_file: str, label_file: str, image_id: int, classes: int) -> La
             return f"{im_file}: {width}x{height} px is too small; 10 px is the least"
         if fault := decoding_fault(im_file, cheap):
             return f"{im_file}: not a readable image ({kind}: {fault})"
-        return Labels(im_file, image_id, (height, width), *read_label(label_text(label_file), classes))
+        return Labels(im_file, image_id, (height, width), *read_label(label_text(label_file), classes), size)
     except UnicodeDecodeError:
         return f"{label_file}: not UTF-8 text"
     except ValueError as error:
@@ -89,10 +90,14 @@ def read_image(im_file: str, label_file: str, image_id: int, classes: int) -> La
         return f"{im_file}: not a readable image ({getattr(error, 'strerror', None) or error})"
 
 
-def check_regular(file: str) -> None:
-    """Raise OSError where a path is not, or does not lead to, a plain file: a pipe would hang, a device never end."""
-    if not stat.S_ISREG(os.stat(file).st_mode):
+def check_regular(file: str) -> int:
+    """Bytes of a file; raise OSError where it is not a plain one, nor a link to one: a pipe would hang, a device never
+    end.
+    """
+    found = os.stat(file)
+    if not stat.S_ISREG(found.st_mode):
         raise OSError("it is no regular file")
+    return found.st_size
 
 
 def label_text(file: str) -> str:

@@ -18,18 +18,34 @@ class Positions:
 
     Accelerate deals batch i to rank i % N, so that the ranks' shares of global batch k are neighbours and together the
     positions k·batch to (k+1)·batch. It has no `batch_size` on purpose: Accelerate drops batches of another size.
+
+    Args:
+        batches: in an epoch.
+        batch: global batch.
+        ranks: number of processes.
     """
 
     def __init__(self, batches: int, batch: int, ranks: int):
-        self.batches, self.batch, self.ranks, self.epoch = batches, batch, ranks, 0
+        self.batches, self.batch, self.ranks = batches, batch, ranks
+        self.set(0, 0, False)
+
+    def set(self, epoch: int, first: int, closed: bool) -> None:
+        """What is handed out next.
+
+        Args:
+            epoch: counted from 0.
+            first: batch to begin with, where the others are done.
+            closed: whether mosaic is, which workers that run since before --time has planned cannot know.
+        """
+        self.epoch, self.first, self.closed = epoch, first, closed
 
     def __len__(self) -> int:
-        return self.batches * self.ranks
+        return (self.batches - self.first) * self.ranks
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def __iter__(self) -> Iterator[list[tuple[int, int, bool]]]:
         share = self.batch // self.ranks
-        for start in range(0, self.batches * self.batch, share):
-            yield [(self.epoch, position) for position in range(start, start + share)]
+        for start in range(self.first * self.batch, self.batches * self.batch, share):
+            yield [(self.epoch, position, self.closed) for position in range(start, start + share)]
 
 
 def _loader(dataset: Images, batch_sampler: Any, config: EvalConfig, accelerator: Accelerator) -> DataLoader:
@@ -47,7 +63,7 @@ def _loader(dataset: Images, batch_sampler: Any, config: EvalConfig, accelerator
 
 
 def train_loader(dataset: TrainSet, batches: int, accelerator: Accelerator) -> tuple[DataLoader, Positions]:
-    """This rank's training batches, and the sampler whose `epoch` is to be set before each epoch.
+    """This rank's training batches, and the sampler that is to be `set` before each epoch.
 
     A batch is a dict: `img` uint8 (n, 3, imgsz, imgsz) RGB, `cls` (m, 1), `bboxes` (m, 4) xywh normalised, `batch_idx`
     (m,) the image of each box, `im_file` the paths.

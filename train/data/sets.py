@@ -1,8 +1,8 @@
 """Data sets: in which order images are served, and how they are augmented.
 
 Training order is a pure function: which image stands at position p of epoch e, and how it is augmented down to the
-pixels, follow from (seed, epoch, p) alone. Validation batches follow from the data set, imgsz and the batch alone.
-Neither knows the number of processes or workers, so both are the same for any.
+pixels, follow from (seed, epoch, p), and whether mosaic is closed, alone. Validation batches follow from the data set,
+imgsz and the batch alone. Neither knows the number of processes or workers, so both are the same for any.
 """
 
 import math
@@ -168,9 +168,9 @@ class TrainSet(Images):
         image, *shapes = self._decoded[i]
         return (image.copy(), *shapes)
 
-    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:  # type: ignore[override]
-        """The sample at (epoch, position)."""
-        epoch, position = key
+    def __getitem__(self, key: tuple[int, int, bool]) -> dict[str, Any]:  # type: ignore[override]
+        """The sample at (epoch, position), and whether mosaic is closed."""
+        epoch, position, closed = key
         # Ultralytics' transforms draw from the global generators of random and numpy.
         seed = int(np.random.SeedSequence([self.config.seed, epoch, position]).generate_state(1)[0])
         random.seed(seed)
@@ -178,7 +178,6 @@ class TrainSet(Images):
         torch.default_generator.manual_seed(seed)  # Ultralytics seeds Albumentations from torch's initial seed
         self.partners.indices = self.group(epoch, position).tolist()
         index = int(self.order(epoch)[position])
-        closed = epoch >= self.config.epochs - self.config.close_mosaic
         transforms = self.closed_transforms if closed else self.transforms
         label = self.get_image_and_label(index)
         if self.config.rect:
@@ -186,7 +185,7 @@ class TrainSet(Images):
         sample = transforms(label)
         return {key: sample[key] for key in ("im_file", "img", "cls", "bboxes", "batch_idx")}
 
-    def __getitems__(self, keys: list[tuple[int, int]]) -> list[dict[str, Any]]:
+    def __getitems__(self, keys: list[tuple[int, int, bool]]) -> list[dict[str, Any]]:
         """The samples of one batch."""
         self._decoded.clear()
         return [self[key] for key in keys]

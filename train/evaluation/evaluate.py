@@ -7,6 +7,7 @@
 import time
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +21,8 @@ from train.data.loaders import as_images
 from train.evaluation.coco import AT_BEST, Curves, coco_metrics
 from train.model.inference import detect, validation_losses
 from train.processes.collectives import on_main
+from train.processes.signals import Ended
+from train.processes.stops import Stop
 
 STAGES = ("data", "inference", "postprocess", "gather", "metric")
 
@@ -62,7 +65,12 @@ class _Laps:
 
 @torch.inference_mode()
 def evaluate(
-    model: Any, loader: Iterable[dict], truth: dict[str, Any], config: EvalConfig, accelerator: Accelerator
+    model: Any,
+    loader: Iterable[dict],
+    truth: dict[str, Any],
+    config: EvalConfig,
+    accelerator: Accelerator,
+    stop: Stop | None = None,
 ) -> Evaluation:
     """Detect on this rank's batches, gather, and measure once (collective).
 
@@ -71,8 +79,10 @@ def evaluate(
         loader: this rank's validation batches. Ranks may hold different numbers, so nothing in the loop is collective.
         truth: COCO ground truth of the whole split, categories in the order of the class indices.
         config: `mixed_precision` is the forward's.
+        stop: of a training, whose validation is cut off on all ranks where one is told to end.
 
     Raises:
+        Ended: on all ranks, where one was told to end.
         RuntimeError: on all ranks, where an image was evaluated twice or not at all, or the ranks' weights differ.
     """
     laps = _Laps(accelerator.device)
@@ -81,6 +91,8 @@ def evaluate(
     found: list[torch.Tensor] = []
     losses: list[tuple[int, int, torch.Tensor]] = []  # first image, images, mean losses
     for batch in loader:
+        if stop is not None and stop.asked is not None:
+            break
         laps.end("data")
         images = as_images(batch["img"], config.memory_format)
         with torch.autocast(accelerator.device.type, dtype, enabled=dtype is not None):
@@ -94,6 +106,8 @@ def evaluate(
         ids += batch["id"]
         found += boxes
         laps.end("postprocess")
+    if stop is not None:
+        stop.agree()  # collective
     shard = {
         "weights": model.digest,
         "ids": ids,
@@ -113,7 +127,7 @@ def evaluate(
     rows = _as_rows(shards, categories) if main else np.zeros((0, 7))
     del shard, shards
     laps.end("gather")
-    result = measure(truth, rows, config, accelerator)
+    result = measure(truth, rows, config, accelerator, stop)
     laps.end("metric")
     seconds = accelerator.gather(torch.tensor([list(laps.seconds.values())], device=accelerator.device))  # (ranks, 5)
     slowest, mean = seconds.amax(0).tolist(), seconds.mean(0).tolist()
@@ -122,7 +136,9 @@ def evaluate(
     return result
 
 
-def measure(truth: dict[str, Any], rows: np.ndarray, config: EvalConfig, accelerator: Accelerator) -> Evaluation:
+def measure(
+    truth: dict[str, Any], rows: np.ndarray, config: EvalConfig, accelerator: Accelerator, stop: Stop | None = None
+) -> Evaluation:
     """COCO's metric on the main process, for every rank (collective).
 
     Args:
@@ -130,8 +146,20 @@ def measure(truth: dict[str, Any], rows: np.ndarray, config: EvalConfig, acceler
         rows: (n, 7) float64 detections, see the module's first lines, by image id.
         config: the evaluator and its --max-dets.
         accelerator: of the run.
+        stop: of a training, as in `evaluate`.
     """
-    metrics, curves = on_main(accelerator, lambda: coco_metrics(truth, rows, config.coco_eval, config.max_dets))
+
+    def compute() -> tuple[dict[str, float], Curves] | Ended:
+        try:
+            with stop.cutting() if stop is not None else nullcontext():
+                return coco_metrics(truth, rows, config.coco_eval, config.max_dets)
+        except Ended as ended:
+            return ended
+
+    found = on_main(accelerator, compute)
+    if isinstance(found, Ended):
+        raise found
+    metrics, curves = found
     boxes = Counter(a["category_id"] for a in truth["annotations"])
     images = Counter(c for _, c in {(a["image_id"], a["category_id"]) for a in truth["annotations"]})
     best, by_confidence, per_class = curves.best, (curves.p, curves.r, curves.f1), {}

@@ -1,6 +1,7 @@
 """The model to train: built for the classes of a data set, with what is frozen, and what its image sizes must fit."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,8 +33,6 @@ def build_model(config: TrainConfig, source: str, names: dict[int, str], channel
         own = architecture.get("channels", 3)
         if own != channels:
             raise InputError(f"{config.model} takes images of {own} channels, the data set has {channels}.")
-        if config.resume:
-            _check_classes(config, weights.names, names)
     else:
         architecture = read_architecture(source)
     model = build_detector(architecture, channels, len(names), f"--model {config.model}")
@@ -50,13 +49,39 @@ def build_model(config: TrainConfig, source: str, names: dict[int, str], channel
             if before[key].shape == value.shape or (key in given and given[key].shape == value.shape)
         )
         origin = f"{taken} of {len(after)} tensors from {config.model}"
+    _prepare(model, config)
+    return model, origin
+
+
+def rebuild_model(
+    config: TrainConfig, architecture: dict[str, Any], knows: dict[int, str], names: dict[int, str], channels: int
+) -> DetectionModel:
+    """The model of a run that is gone on with, whose weights are still to come.
+
+    Args:
+        config: of the run.
+        architecture: the model's description, which the run has kept.
+        knows: the class names that it was trained on.
+        names: class names of the data set by class index.
+        channels: image channels.
+    """
+    _check_classes(config, knows, names)
+    if (own := architecture.get("channels", 3)) != channels:
+        raise InputError(f"--resume {config.resume} takes images of {own} channels, the data set has {channels}.")
+    model = build_detector(architecture, channels, len(names), f"--resume {config.resume}")
+    model.names = names
+    _prepare(model, config)
+    return model
+
+
+def _prepare(model: DetectionModel, config: TrainConfig) -> None:
+    """The head that is validated, the gains of the loss, and which parameters are trained."""
     if config.end2end is not None:
         set_end2end(model, config.end2end, config.model)
     model.args = get_cfg(overrides={"box": config.box, "cls": config.cls, "dfl": config.dfl, "epochs": config.epochs})
     frozen = _frozen_layers(model, config.freeze)
     for name, parameter in model.named_parameters():  # the DFL's weights are the integers it sums over
         parameter.requires_grad = ".dfl" not in name and not name.startswith(frozen)
-    return model, origin
 
 
 def _check_classes(config: TrainConfig, knows: dict[int, str], names: dict[int, str]) -> None:

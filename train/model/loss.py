@@ -74,3 +74,8 @@ def end_of_epoch(model: DetectionModel) -> None:
     """Move the weights of an end-to-end model's two losses on by one epoch; on every rank."""
     if hasattr(model.criterion, "update"):
         model.criterion.update()
+
+
+def set_length(model: DetectionModel, epochs: int) -> None:
+    """So many epochs are trained in all, by which an end-to-end model weighs its two losses; on every rank."""
+    model.args.epochs = epochs

@@ -15,6 +15,7 @@ from train.processes import status
 from train.processes.logs import run_folder
 from train.processes.scratch import clean_up
 
+saving = threading.Event()  # this process was told to end, and does so after its step, when it has saved
 BOUND = 5.0  # seconds that libraries may take to end, of which W&B waits for its server
 
 
@@ -41,6 +42,7 @@ def leave(end: End) -> NoReturn:
     What was registered for the exit is done: workers are ended, W&B's run is closed, temporary files go.
     """
     note(end)
+    end_workers()  # else each is waited for before W&B is
     threading.Thread(target=_bound, args=(end,), daemon=True).start()
     with contextlib.suppress(Exception):
         atexit._run_exitfuncs()
@@ -50,8 +52,7 @@ def leave(end: End) -> NoReturn:
 def end_now(end: End) -> NoReturn:
     """End this process from any thread, and its workers with it."""
     note(end)
-    for worker in multiprocessing.active_children():
-        worker.kill()
+    end_workers()
     with contextlib.suppress(Exception):
         logging.shutdown()
     for stream in (sys.stdout, sys.stderr):
@@ -59,6 +60,12 @@ def end_now(end: End) -> NoReturn:
             stream.flush()
     clean_up()
     os._exit(end.code)
+
+
+def end_workers() -> None:
+    """End the loaders' workers, which hold nothing that is to be kept."""
+    for worker in multiprocessing.active_children():
+        worker.kill()
 
 
 def note(end: End) -> None:

@@ -1,6 +1,8 @@
 """Files that are there whole or not at all, and a folder for each run."""
 
 import contextlib
+import errno
+import fcntl
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +21,23 @@ def whole_file(path: Path) -> Iterator[Path]:
         os.replace(draft, path)
     finally:
         draft.unlink(missing_ok=True)
+
+
+def hold(folder: Path) -> bool:
+    """Keep other runs out of a run's folder for as long as this process lives, whatever ends it; False where another
+    run is in it. A disk without locks keeps nobody out.
+    """
+    try:
+        lock = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o666)
+    except OSError:
+        return True
+    try:
+        # POSIX's, which a worker that was forked from here does not hold; it is this process's until that ends
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(lock)
+        return error.errno not in (errno.EACCES, errno.EAGAIN)
+    return True
 
 
 def check_folder(folder: Path, flag: str) -> None:

@@ -15,7 +15,9 @@ import os
 import signal
 import sys
 from pathlib import Path
+from types import FrameType
 
+import psutil
 import torch
 
 import train
@@ -26,6 +28,8 @@ from train.processes.devices import check_devices, device_type, visible
 from train.processes.parent import LAUNCHER
 from train.processes.scratch import clean_up
 
+HANDED_ON = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"  # to the processes; torchrun itself would die of the last
+PATIENCE = 300  # seconds that they may take to finish a step and to save; torchrun's own is 30
 CONFIGS = Path(__file__).resolve().parents[2] / "accelerate_configs"
 
 
@@ -74,6 +78,9 @@ def launch(arguments: list[str]) -> int:
     logging.disable(logging.ERROR)  # torchrun's thirty lines behind what the rank has said
     told = Path(train.scratch.name)
     os.environ |= {LAUNCHER: str(os.getpid()), status.TOLD: str(told)}
+    for name in ("PET_SIGNALS_TO_HANDLE", "TORCHELASTIC_SIGNALS_TO_HANDLE"):  # torchrun's option, and before it had one
+        os.environ.setdefault(name, HANDED_ON)
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(PATIENCE))
     try:
         launch_command(launch_command_parser().parse_args(arguments))
     except ChildFailedError as error:
@@ -93,9 +100,27 @@ def launch(arguments: list[str]) -> int:
         return code
     except SignalException as error:
         end = signals.end_by(error.sigval)
+        _see_off(error.sigval)
         _note(told, end.state, end.reason, None)
         return end.code
     return 0
+
+
+def _see_off(number: int) -> None:
+    """Wait for processes that are left, and hand on what comes meanwhile: a second signal has ended torchrun's wait."""
+    left = psutil.Process().children()
+
+    def hand_on(number: int, _: FrameType | None = None) -> None:
+        for process in left:
+            with contextlib.suppress(psutil.Error):
+                process.send_signal(number)
+
+    for handled in signals.SIGNALS:
+        signal.signal(handled, hand_on)
+    hand_on(number)
+    _, alive = psutil.wait_procs(left, PATIENCE)
+    for process in alive:
+        process.kill()
 
 
 def _note(told: Path, state: str, reason: str, rank: int | None) -> None:

@@ -11,7 +11,9 @@ from accelerate import PartialState
 from accelerate.utils import InitProcessGroupKwargs, gather_object
 
 from train.config.errors import InputError
-from train.config.options import OF_A_MACHINE, C, TrainConfig
+from train.config.options import C, TrainConfig
+from train.config.reading import AUTO
+from train.config.sources import OF_A_MACHINE
 from train.config.words import as_flag
 from train.processes.devices import check_devices, check_launcher, device_type, launched, local_processes
 from train.processes.exits import leave
@@ -42,7 +44,7 @@ def meet(config: C) -> C:
     start_group(device, config.hang_timeout)
     every = gather_object([(platform.node(), asdict(config))])
     _, first = every[0]
-    if first.get("resume"):
+    if first.get("resume") not in (None, "", AUTO):
         own, plain = asdict(config), asdict(type(config)())
         kept = {name: own[name] for name in OF_A_MACHINE & own.keys() if own[name] != plain[name]}
         config = replace(config, **(first | kept | {"resume": own.get("resume") or first["resume"]}))

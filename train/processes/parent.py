@@ -6,13 +6,14 @@ thread waits for other ranks, and without the store, which the launcher kept.
 
 import contextlib
 import os
+import signal
 import threading
 import time
-from collections.abc import Callable
 
 import psutil
 
-from train.processes.exits import End, end_now
+from train.processes.exits import End, end_now, saving
+from train.processes.signals import SIGNALS
 
 LAUNCHER = "YOLO_ACCELERATE_LAUNCHER"  # our launcher's process number, for the ranks that it starts
 INTERVAL = 0.5  # seconds between two looks
@@ -25,14 +26,29 @@ def end_with_launcher() -> None:
     """Start looking, where a launcher has started this process."""
     parent = os.getppid()
     if _is_launcher(parent):
-        threading.Thread(target=_look, args=(parent, _end), name="parent", daemon=True).start()
+        threading.Thread(target=_look, args=(parent,), name="parent", daemon=True).start()
     elif _orphaned(parent):
         _end()
 
 
 def end_with_parent(_: int = 0) -> None:
-    """In a loader's worker: end it when its rank is gone. torch looks for that too, but not while an image is read."""
-    threading.Thread(target=_look, args=(os.getppid(), lambda: os._exit(1)), name="parent", daemon=True).start()
+    """In a loader's worker: end it when its rank is gone, or wants it to; no signal of others, for which the rank needs
+    it: Ctrl-C, a launcher's and a scheduler's go to all processes.
+
+    torch looks for that too, but not while an image is read.
+    """
+    if hasattr(signal, "sigtimedwait"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # for this thread and those that it starts
+    threading.Thread(target=_serve, args=(os.getppid(),), name="parent", daemon=True).start()
+
+
+def _serve(parent: int) -> None:
+    while os.getppid() == parent:
+        if not hasattr(signal, "sigtimedwait"):
+            time.sleep(INTERVAL)
+        elif (told := signal.sigtimedwait(SIGNALS, INTERVAL)) is not None and told.si_pid == parent:
+            os._exit(0)  # torch takes another code for a failure of its own
+    os._exit(1)
 
 
 def _is_launcher(process: int) -> bool:
@@ -55,10 +71,12 @@ def _orphaned(parent: int) -> bool:
     return parent == 1 and "TORCHELASTIC_RUN_ID" in os.environ
 
 
-def _look(parent: int, end: Callable[[], None]) -> None:
+def _look(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(INTERVAL)
-    end()
+    # On Ctrl-C Accelerate's launcher of one process goes at once, and what it has started saves meanwhile.
+    if not saving.is_set() or "TORCHELASTIC_RUN_ID" in os.environ:
+        _end()
 
 
 def _end() -> None:

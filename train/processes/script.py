@@ -19,10 +19,10 @@ from train.config.reading import Kept, parse
 from train.config.words import printable
 from train.processes import signals
 from train.processes.devices import launched, local_processes
-from train.processes.exits import End, leave, note, say
-from train.processes.logs import log_stream
+from train.processes.exits import End, end_workers, leave, note, saving, say
+from train.processes.logs import log_stream, run_folder
 from train.processes.parent import LAUNCHER
-from train.processes.store import connect, gone, tell, told
+from train.processes.store import connect, lost, tell, told
 from train.processes.watch import POSTED
 
 HEARD = POSTED + 1.0  # seconds after which the watches of all ranks have heard how the run ended
@@ -33,7 +33,7 @@ def run(main: Callable[[C], None], kind: type[C], description: str, kept: Kept |
 
     However it ends, that is said once: by the rank that was the cause, with its number and the path of its log, where
     the traceback is; where that could not speak any more, by a rank that is left. What a person can mend is one
-    message. Exit codes: 0 done, 2 bad input, 3 SIGTERM, 130 Ctrl-C, 128 + its number for another signal, 1 anything
+    message. Exit codes: 0 done, 2 bad input, 3 SIGTERM, SIGUSR1 or --time-limit, 130 Ctrl-C, 129 SIGHUP, 1 anything
     else, a loss that is no longer a number included.
     """
     try:
@@ -42,15 +42,17 @@ def run(main: Callable[[C], None], kind: type[C], description: str, kept: Kept |
         end = _ended(main, kind, description, kept)
         if end is not None:
             signals.deafen()
-    except signals.Ended as signal:
-        logging.getLogger("train").warning(signals.in_words(signal.number))
-        end = _ended_by(signal.number)
+    except signals.Ended as ended:
+        signals.deafen()
+        logging.getLogger("train").warning(ended.end.reason)
+        end = _ended_by(ended.end, saving.is_set())
     if end is None:
         if torch.distributed.is_initialized():  # left open, its threads may abort the process at exit
             torch.distributed.destroy_process_group()
         sys.exit(0)
     if launched("WORLD_SIZE", 1) == 1 and not _tracked():
         note(end)
+        end_workers()
         sys.exit(end.code)
     if launched("WORLD_SIZE", 1) > local_processes():
         time.sleep(HEARD)  # the launcher of the first machine keeps the store, and ends with its processes
@@ -79,8 +81,8 @@ def _ended(main: Callable[[C], None], kind: type[C], description: str, kept: Kep
     except Exception as error:
         logging.getLogger("train").exception("this rank failed")
         store = connect()
-        if launched("WORLD_SIZE", 1) > 1 and (lost := _lost(error, store)):
-            return _said(lost, _in_place_of_the_launcher(lost), store)
+        if launched("WORLD_SIZE", 1) > 1 and (before := _lost(error, store)):
+            return _said(before, _in_place_of_the_launcher(before), store)
         what = printable(f"{type(error).__name__}: {error}", newlines=True)
         if isinstance(error, torch.OutOfMemoryError):
             what = _out_of_memory(error)
@@ -96,29 +98,23 @@ def _said(end: End, text: str, store: Any) -> End:
     return whole
 
 
-def _ended_by(number: int) -> End:
-    """What a signal means: that the run is to end, or that the launcher ends it since a rank is gone."""
+def _ended_by(end: End, saved: bool = False) -> End:
+    """What a signal means: that the run is to end, or that the launcher ends it since a rank is gone.
+
+    Args:
+        end: by the signal.
+        saved: whether the run has saved what it has done.
+    """
     store = connect()
-    if lost := _gone(store):
-        return _said(lost, _in_place_of_the_launcher(lost), store)
-    return _said(signals.end_by(number), signals.in_words(number), store)
+    if before := lost(store):
+        return _said(before, _in_place_of_the_launcher(before), store)
+    folder = run_folder() if saved else None
+    return _said(end, f"{end.reason}; go on with --resume {folder}" if folder else end.reason, store)
 
 
-def _in_place_of_the_launcher(lost: End) -> str:
+def _in_place_of_the_launcher(end: End) -> str:
     """What is to be said of a rank that was killed: nothing under our launcher, which says it itself."""
-    return "" if LAUNCHER in os.environ else f"error: {lost.reason}"
-
-
-def _gone(store: Any) -> End | None:
-    """The end of a run of which a rank has been killed: on this machine, and without a word."""
-    with contextlib.suppress(RuntimeError):
-        if end := told(store):
-            return end
-    for rank, process in gone(store).items():
-        ranks = launched("WORLD_SIZE", 1)
-        reason = f"rank {rank} of {ranks} on {platform.node()} is gone (process {process}), perhaps out of memory"
-        return End("failed", reason, rank, 1)
-    return None
+    return "" if LAUNCHER in os.environ else f"error: {end.reason}"
 
 
 def _lost(error: Exception, store: Any) -> End | None:
@@ -128,7 +124,7 @@ def _lost(error: Exception, store: Any) -> End | None:
     end = None
     with contextlib.suppress(RuntimeError):
         end = told(store, seconds=2.0)
-    end = end or _gone(store)
+    end = end or lost(store)
     if end is None:
         rank, ranks = launched("RANK", 0), launched("WORLD_SIZE", 1)
         first = str(error).strip().splitlines()[0][:200]

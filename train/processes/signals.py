@@ -1,4 +1,8 @@
-"""What ends a script from outside: Ctrl-C, SIGTERM, SIGHUP. None is swallowed, each leaves a line, none a traceback."""
+"""What ends a script from outside: Ctrl-C, SIGTERM, SIGUSR1, SIGHUP, and its own --time-limit, which is an alarm.
+
+None is swallowed, each leaves a line, none a traceback. Here each ends the process at once; a training, once it has
+something to save, takes them otherwise: see `train/processes/stops.py`.
+"""
 
 import contextlib
 import os
@@ -8,35 +12,42 @@ import time
 from collections.abc import Callable
 from types import FrameType
 
+import psutil
+
 from train.processes.exits import End, end_now
 
 GRACE = 8.0  # seconds that the script has to end by itself
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+PREEMPTS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGALRM)  # the run is to be started again
+SIGNALS = (signal.SIGINT, signal.SIGHUP, *PREEMPTS)
 
 
 class Ended(BaseException):
-    """The process was told to end by this signal."""
+    """The process was told to end, and how the run has ended thereby."""
 
-    def __init__(self, number: int):
-        super().__init__(number)
-        self.number = number
+    def __init__(self, end: End):
+        super().__init__(end)
+        self.end = end
 
 
 def in_words(number: int) -> str:
     """What the signal did."""
-    return "interrupted" if number == signal.SIGINT else f"ended by {signal.Signals(number).name}"
-
-
-def exit_code(number: int) -> int:
-    """3 for SIGTERM, by which schedulers preempt: the run is to be started again. Else as shells have it."""
-    return 3 if number == signal.SIGTERM else 128 + number
+    own = {signal.SIGINT: "interrupted", signal.SIGALRM: "the time is up (--time-limit)"}
+    return own.get(signal.Signals(number), f"ended by {signal.Signals(number).name}")
 
 
 def end_by(number: int) -> End:
-    """How the run ended, as far as this process knows."""
+    """How the run ended, as far as this process knows: with code 3 where a scheduler wants its place, else as shells
+    have it.
+    """
     rank = os.environ.get("RANK", "0")
-    state = "preempted" if number == signal.SIGTERM else "interrupted"
-    return End(state, in_words(number), int(rank) if rank.isdecimal() else 0, exit_code(number))
+    state, code = ("preempted", 3) if number in PREEMPTS else ("interrupted", 128 + number)
+    return End(state, in_words(number), int(rank) if rank.isdecimal() else 0, code)
+
+
+def limit(seconds: float) -> None:
+    """Have this process told to end so many seconds after it was started; at once where they are over."""
+    age = time.time() - psutil.Process().create_time()
+    signal.setitimer(signal.ITIMER_REAL, max(seconds - age, 1e-3))
 
 
 def during_imports() -> None:
@@ -46,7 +57,7 @@ def during_imports() -> None:
             signal.signal(number, lambda number, _: _end(number))
 
 
-def during_work(explain: Callable[[int], End]) -> None:
+def during_work(explain: Callable[[End], End]) -> None:
     """Raise Ended in the main thread; end the process after GRACE seconds where that did not end it.
 
     Args:
@@ -56,21 +67,30 @@ def during_work(explain: Callable[[int], End]) -> None:
     main = os.getpid()
 
     def end(number: int, _: FrameType | None) -> None:
-        if os.getpid() != main:  # a worker that was forked from here; torch takes another code for a failure of its own
-            os._exit(0)
-        deafen()
-        raise Ended(number)
+        if os.getpid() == main:  # and no worker that was forked from here and does not know its parent yet
+            deafen()
+            raise Ended(end_by(number))
 
-    handled = [number for number in SIGNALS if signal.getsignal(number) not in (signal.SIG_IGN, None)]
-    for number in handled:
-        signal.signal(number, end)
+    reader, _ = listen(end)
+    threading.Thread(target=_backstop, args=(reader, explain), daemon=True).start()
+
+
+def listen(handler: Callable[[int, FrameType | None], None]) -> tuple[int, int]:
+    """Handle the signals in the main thread, and have their numbers written to a pipe, whose ends are returned: to read
+    and to write.
+
+    Python calls the handler in the main thread, which may be in a collective or a device's call for long; whoever reads
+    the pipe is told at once.
+    """
+    for number in SIGNALS:
+        if signal.getsignal(number) not in (signal.SIG_IGN, None):  # nohup ignores SIGHUP
+            signal.signal(number, handler)
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
-    # Python calls the handler in the main thread, which may be in a collective or a device's call for long; it tells
-    # this thread at once. A worker that is forked from here must not write into the same pipe.
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    # A worker that is forked from here must not write into the same pipe.
     os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
-    threading.Thread(target=_backstop, args=(reader, handled, explain), daemon=True).start()
+    return reader, writer
 
 
 def deafen() -> None:
@@ -83,12 +103,12 @@ def deafen() -> None:
         signal.signal(number, lambda *_: None)
 
 
-def _backstop(reader: int, handled: list[signal.Signals], explain: Callable[[int], End]) -> None:
+def _backstop(reader: int, explain: Callable[[End], End]) -> None:
     """Wait for a signal, then for GRACE seconds, then end the process, with a line: the main thread has said none."""
-    while (number := os.read(reader, 1)[0]) not in handled:
+    while (number := os.read(reader, 1)[0]) not in SIGNALS:
         pass
     time.sleep(GRACE)
-    end_now(explain(number))
+    end_now(explain(end_by(number)))
 
 
 def _end(number: int) -> None:

@@ -72,6 +72,18 @@ def told(store: Any, seconds: float = 0.0) -> End | None:
     return None
 
 
+def lost(store: Any) -> End | None:
+    """The end of a run that has ended already, or of which a rank has been killed: on this machine, without a word."""
+    with contextlib.suppress(RuntimeError):
+        if end := told(store):
+            return end
+    for rank, process in gone(store).items():
+        ranks = launched("WORLD_SIZE", 1)
+        reason = f"rank {rank} of {ranks} on {platform.node()} is gone (process {process}), perhaps out of memory"
+        return End("failed", reason, rank, 1)
+    return None
+
+
 def gone(store: Any) -> dict[int, int]:
     """Ranks of this machine whose processes have ended, with the processes' numbers."""
     return {rank: pid for rank, pid in _processes_here(store).items() if not lives(pid)}

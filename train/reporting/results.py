@@ -40,8 +40,10 @@ class Results:
         self.write("config.json", json.dumps(asdict(config) | {"versions": versions()}, indent=2))
 
     def table(self, rows: list[dict[str, Any]]) -> None:
-        """results.csv, a row for each epoch."""
-        if self.writes:
+        """results.csv, a row for each epoch; no file where there is none."""
+        if self.writes and not rows:
+            (self.folder / "results.csv").unlink(missing_ok=True)
+        elif self.writes:
             with whole_file(self.folder / "results.csv") as draft, open(draft, "w", newline="") as file:
                 writer = csv.DictWriter(file, fieldnames=list(rows[-1]))
                 writer.writeheader()
@@ -76,7 +78,7 @@ class Results:
 
 
 def epoch_row(
-    state: TrainState, whole: Window, seconds: float, training: float, result: Evaluation | None, config: EvalConfig
+    state: TrainState, whole: Window, training: float, result: Evaluation | None, config: EvalConfig
 ) -> dict[str, Any]:
     """An epoch as a row of results.csv; its validation columns are None where it was not validated.
 
@@ -86,13 +88,16 @@ def epoch_row(
     Args:
         state: after the epoch.
         whole: what was measured in it.
-        seconds: of the epoch so far.
         training: seconds of its training alone.
         result: of its validation.
         config: names the metrics.
     """
     losses, val = whole.means(), config.val_name
-    row: dict[str, Any] = {"epoch": state.epoch + 1, "global_step": state.ema.updates, "seconds": round(seconds, 3)}
+    row: dict[str, Any] = {
+        "epoch": state.epoch + 1,
+        "global_step": state.ema.updates,
+        "seconds": round(state.seconds, 3),
+    }
     row |= {"images_per_s": round(whole.images / training, 2)}
     row |= {"peak_memory_gb": round(max(whole.memory) / 1e9, 3)}
     row |= {f"train/{name}": value for name, value in losses.items()}

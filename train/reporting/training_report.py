@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from train.config.errors import InputError
 from train.config.options import TrainConfig
 from train.data.formats import Labels
 from train.data.sets import TrainSet
@@ -21,8 +22,7 @@ from train.reporting.report import Report, plots
 from train.reporting.results import epoch_row
 from train.reporting.tracking import Tracking
 from train.training.engine import Progress
-from train.training.meter import Window
-from train.training.optim import Schedule
+from train.training.optim import Schedule, epochs_within
 from train.training.state import TrainState
 
 LINES, STEPS = 8, 10  # unless --log-interval is given: most lines of losses in an epoch, least steps between two
@@ -94,16 +94,20 @@ class TrainingReport(Report):
         if state.wandb_id:
             self.going_on("wandb_id.txt", lambda: self.results.write("wandb_id.txt", state.wandb_id + "\n"))
 
-    def epoch_starts(self, epoch: int, schedule: Schedule) -> None:
-        """Start the epoch's clock and, on a terminal, its progress bar."""
-        self.started = time.perf_counter()
+    def going_on_from(self, state: TrainState, said: list[str]) -> None:
+        """A run goes on: what there is to say of it; results.csv has the epochs that its state has, and no other."""
+        for line in said:
+            self.say(line)
+        self.going_on("results.csv", lambda: self.results.table(state.rows))
+
+    def epoch_starts(self, state: TrainState, schedule: Schedule) -> None:
+        """Say so in status.json and, on a terminal, by a progress bar."""
+        epoch = state.epoch + 1
         self.epoch_number, self.where = epoch + 1, f"epoch {epoch + 1}/{schedule.config.epochs}"
         if self.accelerator.is_main_process:
             status.update(self.folder, epoch=epoch + 1)
-        self.whole: Window | None = None  # the epoch so far
-        self.window: Window | None = None  # since the last line
         self.watch.begin("waiting for the first batch", progress=True)
-        self.console.open_bar(len(schedule.step_ends(epoch)), self.where, "step")
+        self.console.open_bar(sum(end >= state.batches for end in schedule.step_ends(epoch)), self.where, "step")
 
     def training_batch(self, i: int, batch: dict[str, Any]) -> None:
         """Draw one of the first batches of the main process, with its boxes."""
@@ -111,7 +115,7 @@ class TrainingReport(Report):
             file = self.folder / f"train_batch{i}.jpg"
             self.going_on("pictures", lambda: plots().draw_batch(batch, self.names, file))
 
-    def measured(self, progress: Progress) -> None:
+    def measured(self, state: TrainState, progress: Progress) -> None:
         """The first step ends the silence, each moves the bar. What was measured goes to the bar and the trackers, and
         where a line is due to the console.
         """
@@ -120,8 +124,8 @@ class TrainingReport(Report):
         step, steps, window, lr = progress.step, progress.steps, progress.window, progress.lr
         if window is None:
             return
-        self.whole = self.whole + window if self.whole else window
-        since = self.window = self.window + window if self.window else window
+        assert state.whole is not None
+        assert state.since is not None
         self.console.annotate(lines.bar_words(window, lr))
         if step == steps:  # the epoch's own line follows its last step
             return
@@ -130,26 +134,46 @@ class TrainingReport(Report):
         self.tracking.log(tracked, progress.global_step)
         mark = max(-(-steps // LINES), STEPS)
         if self.config.log_interval is not None or step // mark != (step - window.steps) // mark:
-            self.window = None
-            self.console.progress(f"{self.where}  {lines.step_line(step, steps, since, self.whole, lr)}")
+            self.console.progress(f"{self.where}  {lines.step_line(step, steps, state.since, state.whole, lr)}")
+            state.since = None
 
-    def trained(self) -> None:
+    def saved(self, failed: str, last: bool = False) -> None:
+        """The state was saved, or why it was not, which is a warning, unless there is no other to come.
+
+        Raises:
+            InputError: the last one.
+        """
+        if failed and last:
+            raise InputError(f"The weights are lost: {failed}. Free some space, or name another disk with --project.")
+        if failed:
+            self.say(f"warning: {failed}; the run goes on with what was saved before")
+
+    def stopped(self, state: TrainState) -> None:
+        """The run ends early."""
+        self.console.close_bar()
+        self.say(f"stopped after {state.where}")
+
+    def trained(self, state: TrainState) -> None:
         """The epoch's last step is done: its line of losses, its times by rank in the logs, and who is slow."""
-        assert self.whole is not None
+        assert state.whole is not None
         self.console.close_bar()
         self.watch.end()
-        self.training = time.perf_counter() - self.started
-        self.say(f"{self.where}  {lines.train_line(self.whole, self.training)}")
-        for line in lines.rank_lines(self.whole):
+        self.training = state.seconds
+        self.say(f"{self.where}  {lines.train_line(state.whole, self.training)}")
+        for line in lines.rank_lines(state.whole):
             self.console.logger.info(f"{self.where}  {line}")
-        if slow := lines.slow_ranks(self.whole):
+        if slow := lines.slow_ranks(state.whole):
             self.say(slow)
 
-    def no_time_left(self, hours: float | None) -> bool:
-        """Whether another epoch as long as this one would end after so many hours: the main process's clock decides."""
-        now = time.perf_counter()
-        late = hours is not None and now - self.begun + (now - self.started) > hours * 3600
-        return on_main(self.accelerator, lambda: late)
+    def epochs_within(self, hours: float | None, state: TrainState) -> int:
+        """How many epochs fit into so many hours, by the first of them and the main process's clock (collective)."""
+        assert hours is not None
+        used, each = max(time.perf_counter() - self.begun, state.seconds), state.seconds
+        epochs = on_main(self.accelerator, lambda: epochs_within(hours, used, each))
+        self.say(
+            f"plan: {epochs} epochs of {lines.clock(each)} in {hours:g} hours (--time); the learning rate ends there"
+        )
+        return epochs
 
     def epoch(self, state: TrainState, result: Evaluation | None, truth: dict[str, Any], last: bool) -> None:
         """The epoch's lines of metrics, where it was validated; its row in results.csv; pictures; its point in the
@@ -161,9 +185,9 @@ class TrainingReport(Report):
             truth: COCO ground truth.
             last: whether this may be the last epoch.
         """
-        assert self.whole is not None
-        seconds, val = time.perf_counter() - self.started, self.config.val_name
-        state.rows.append(epoch_row(state, self.whole, seconds, self.training, result, self.config))
+        assert state.whole is not None
+        val = self.config.val_name
+        state.rows.append(epoch_row(state, state.whole, self.training, result, self.config))
         if result:
             best = f"best AP {state.best_ap:.4g} in epoch {state.best_epoch + 1}"
             self.say(f"{self.where}  {lines.val_line(val, result, best)}")
@@ -172,7 +196,7 @@ class TrainingReport(Report):
         if self.draws and (last or time.perf_counter() - self.drawn > DRAWN):
             self.going_on("pictures", lambda: self._draw_epoch(state, result, truth))
             self.drawn = time.perf_counter()
-        self.tracking.epoch(state, self.whole.speed(), result, truth, last)
+        self.tracking.epoch(state, state.whole.speed(), result, truth, last)
 
     def _draw_epoch(self, state: TrainState, result: Evaluation | None, truth: dict[str, Any]) -> None:
         plots().draw_results(state.rows, self.config.val_name, self.folder / "results.png")

@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 from train.config.options import TrainConfig
 from train.data.loaders import as_images
 from train.model.build import frozen_norms, largest_stride
+from train.processes.exits import End
+from train.processes.stops import Stop
 from train.processes.watch import Watch
 from train.training.meter import Meter, Window
 from train.training.optim import Schedule
@@ -29,17 +30,19 @@ class Progress:
     global_step: int  # since the start of the run
     lr: float
     window: Window | None  # what was measured since the last one, over all ranks; None where none is due
+    end: End | None  # how the run ends here, as all ranks have agreed
 
 
 def train_one_epoch(
     state: TrainState,
     batches: Iterable[dict[str, Any]],
     schedule: Schedule,
-    accelerator: Accelerator,
     meter: Meter,
     watch: Watch,
+    stop: Stop,
 ) -> Iterator[Progress]:
-    """Train the epoch after `state.epoch` on this rank's share of every batch of it (collective, to the last batch).
+    """Train the epoch after `state.epoch`, or what is left of it after `state.batches`, on this rank's share of every
+    batch (collective, to the last batch).
 
     Gradients are summed over the batches of a step, as in Ultralytics, and every epoch ends with a step.
 
@@ -47,9 +50,9 @@ def train_one_epoch(
         state: its model and optimizer as `accelerator.prepare` returned them.
         batches: as the loader gives them (see `train_loader`), through `meter.timed`.
         schedule: rates, and after which batches the optimizer steps.
-        accelerator: of the run.
         meter: notes losses, waits and times.
         watch: is told at which batch, and at what of it, this rank stands.
+        stop: knows whether the run is to end early.
 
     Yields:
         after each optimizer step, how far the epoch has come.
@@ -58,40 +61,47 @@ def train_one_epoch(
         FloatingPointError: a loss is not finite.
     """
     config, epoch = schedule.config, state.epoch + 1
-    model, optimizer = state.model, state.optimizer
+    model, optimizer, accelerator = state.model, state.optimizer, state.accelerator
     model.train()
     for norm in frozen_norms(state.detector):
         norm.eval()
     stride = largest_stride(state.detector)
     step_ends = schedule.step_ends(epoch)
     interval = config.log_interval or min(50, math.ceil(len(step_ends) / 8))
-    step = 0
-    for i, batch in enumerate(batches):
-        ni = epoch * schedule.batches + i
-        watch.at(ni, 1, f"forward of batch {i + 1}")
-        batch["img"] = rescale(as_images(batch["img"], config.memory_format), ni, config, stride)
-        steps_now = i in step_ends
-        with nullcontext() if steps_now else accelerator.no_sync(model):
-            # Not model(batch): it would call forward inside forward, and Accelerate's autocast does not nest; it would
-            # stay on after the step. So the loss is computed in fp32, from predictions that Accelerate made fp32.
-            predictions = model(batch["img"])
-            watch.at(ni, 2, f"loss and backward of batch {i + 1}")
-            losses, items = state.detector.loss(batch, predictions)
-            # Ultralytics' loss is a sum over the images; DDP takes the mean of the ranks' gradients.
-            accelerator.backward(losses.sum() * accelerator.num_processes)
-        del predictions, losses  # else they would live through the next forward
-        meter.add(items, batch["im_file"])
-        if steps_now:
-            schedule.apply(optimizer, epoch, ni)
-            meter.step(accelerator.clip_grad_norm_(model.parameters(), max_norm=10.0))
-            optimizer.step()
-            optimizer.zero_grad()
-            state.ema.update(model)
-            step += 1
-            due = step % interval == 0 or step == len(step_ends)
-            window = meter.gather() if due else None  # collective
-            yield Progress(step, len(step_ends), state.ema.updates, optimizer.param_groups[0]["lr"], window)
-        watch.at(ni, 3, f"waiting for batch {i + 2}")
+    step = sum(end < state.batches for end in step_ends)
+    with stop.steps():
+        for i, batch in enumerate(batches, state.batches):
+            ni = epoch * schedule.batches + i
+            watch.at(ni, 1, f"forward of batch {i + 1}")
+            batch["img"] = rescale(as_images(batch["img"], config.memory_format), ni, config, stride)
+            steps_now = i in step_ends
+            with nullcontext() if steps_now else accelerator.no_sync(model):
+                # Not model(batch): it would call forward inside forward, and Accelerate's autocast does not nest; it
+                # would stay on after the step. So the loss is computed in fp32, from predictions Accelerate made fp32.
+                predictions = model(batch["img"])
+                watch.at(ni, 2, f"loss and backward of batch {i + 1}")
+                losses, items = state.detector.loss(batch, predictions)
+                if steps_now:
+                    stop.announce(state.ema.updates + 1)
+                # Ultralytics' loss is a sum over the images; DDP takes the mean of the ranks' gradients.
+                accelerator.backward(losses.sum() * accelerator.num_processes)
+            del predictions, losses  # else they would live through the next forward
+            meter.add(items, batch["im_file"])
+            if steps_now:
+                schedule.apply(optimizer, epoch, ni)
+                meter.step(accelerator.clip_grad_norm_(model.parameters(), max_norm=10.0))
+                optimizer.step()
+                optimizer.zero_grad()
+                state.ema.update(model)
+                state.batches, step = i + 1, step + 1
+                due = step % interval == 0 or step == len(step_ends)
+                window = meter.gather() if due else None  # collective
+                if window is not None:
+                    state.measured(window)
+                updates = state.ema.updates
+                lr, end = optimizer.param_groups[0]["lr"], stop.after(updates)
+                yield Progress(step, len(step_ends), updates, lr, window, end)
+            watch.at(ni, 3, f"waiting for batch {i + 2}")
 
 
 def rescale(images: Tensor, ni: int, config: TrainConfig, stride: int) -> Tensor:
@@ -112,6 +122,6 @@ def check_finite(model: nn.Module) -> None:
     floats = [tensor for tensor in model.state_dict().values() if tensor.is_floating_point()]
     if not torch.stack([tensor.isfinite().all() for tensor in floats]).all():
         raise FloatingPointError(
-            "The weights are no longer finite numbers after the last steps of this epoch, which was not saved. "
+            "The weights are no longer finite numbers after the last steps, which were not saved. "
             "Lower --lr0, or try --mixed_precision no."
         )

@@ -5,7 +5,7 @@ import statistics
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -38,6 +38,14 @@ class Window:
         for name in ("seconds", "waits", "forwards"):
             both[name] = [a + b for a, b in zip(getattr(self, name), getattr(other, name), strict=True)]
         return Window(memory=other.memory, **both)
+
+    def over(self, ranks: int) -> "Window":
+        """The same of a run that goes on with so many ranks: each has the times of the slowest and the most memory."""
+        if len(self.seconds) == ranks:
+            return self
+        names = ("seconds", "waits", "forwards", "memory")
+        most: dict[str, Any] = {name: [max(getattr(self, name))] * ranks for name in names}
+        return replace(self, **most)
 
     def speed(self) -> dict[str, float]:
         """What the trackers get: throughput of all ranks, step times, data wait and memory, and the gradient norm."""
@@ -110,17 +118,15 @@ class Meter:
     def __init__(self, accelerator: Accelerator, model: nn.Module):
         self.accelerator = accelerator
         self.forward = ForwardClock(model, accelerator.device)
-        self.batches: list[tuple[Tensor, list[str]]] = []  # this rank's (loss items, image files)
+        self.batches: list[tuple[Tensor, int, list[str]]] = []  # this rank's (loss items, images, their files)
         self.norms: list[Tensor] = []
         self.names: list[str] = []
-        self.waited = 0.0
+        self.waited = self.before = 0.0  # seconds; those before the run was gone on with
         self.started = time.perf_counter()
 
     def timed(self, loader: Iterable[dict]) -> Iterator[dict]:
         """An epoch's batches; the time until each is there is data wait."""
-        self.batches.clear()
-        self.norms.clear()
-        self.waited, self.started = 0.0, time.perf_counter()
+        self.started = time.perf_counter() - self.before
         batches = iter(loader)
         with self.forward.running():
             while True:
@@ -134,7 +140,7 @@ class Meter:
     def add(self, items: dict[str, Tensor], files: list[str]) -> None:
         """Note the mean losses of one batch of this rank; no host sync."""
         self.names = list(items)
-        self.batches.append((torch.stack(list(items.values())), files))
+        self.batches.append((torch.stack(list(items.values())), len(files), files))
 
     def step(self, norm: Tensor) -> None:
         """Note the gradient norm of one step; no host sync."""
@@ -146,8 +152,8 @@ class Meter:
         Raises:
             FloatingPointError: on all ranks, naming images, where a loss is not a finite number.
         """
-        images = sum(len(files) for _, files in self.batches)
-        losses = torch.stack([items * len(files) for items, files in self.batches]).sum(0)
+        images = sum(count for _, count, _ in self.batches)
+        losses = torch.stack([items * count for items, count, _ in self.batches]).sum(0)
         norms = torch.stack(self.norms).float()
         norm = norms[norms.isfinite()].mean()[None]  # fp16 may step over some
         measured: list[float] = torch.cat([losses, norm]).tolist()  # waits for the device
@@ -161,7 +167,7 @@ class Meter:
         steps = len(self.norms)
         self.batches.clear()
         self.norms.clear()
-        self.waited, self.started = 0.0, now
+        self.waited, self.before, self.started = 0.0, 0.0, now
         seconds, waits, forwards, memory = ranks[:, -4:].T.tolist()
         return Window(
             losses=dict(zip(self.names, total.tolist(), strict=True)),
@@ -169,14 +175,43 @@ class Meter:
             steps=steps, grad_norm=ranks[0, -5].item(), seconds=seconds, waits=waits, forwards=forwards, memory=memory,
         )  # fmt: skip
 
+    def pending(self) -> dict[str, Any]:
+        """What has been added since the last call of `gather`, of all ranks, as plain values (collective).
+
+        Raises:
+            FloatingPointError: as `gather`.
+        """
+        losses = torch.stack([items for items, *_ in self.batches]) if self.batches else torch.zeros(0, 1)
+        losses = self.accelerator.gather(losses[None].to(self.accelerator.device)).cpu()  # (ranks, batches, losses)
+        if not losses.isfinite().all():
+            self._name_images()
+        norms = torch.stack(self.norms).cpu() if self.norms else torch.zeros(0)
+        counts = [count for _, count, _ in self.batches]
+        seconds = time.perf_counter() - self.started
+        return {"names": self.names, "losses": losses, "images": counts, "norms": norms, "seconds": seconds}
+
+    def resume(self, pending: dict[str, Any]) -> None:
+        """Go on from what `pending` has told, perhaps of another number of ranks: the first rank then has all of it."""
+        losses, counts = pending["losses"], pending["images"]
+        ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
+        if len(losses) == ranks:
+            mine = losses[rank]
+        else:  # images is the global batch over the ranks
+            mine = losses.mean(0)
+            counts = [count * len(losses) // ranks for count in counts]
+        device = self.accelerator.device
+        self.batches = [(items.to(device), count, []) for items, count in zip(mine, counts, strict=True)]
+        self.norms, self.names = [*pending["norms"].to(device)], pending["names"]
+        self.before = pending["seconds"]
+
     def _name_images(self) -> None:
         """Find the first batch whose loss is not finite on any rank, and end all ranks with its images (collective)."""
-        bad = [i for i, (items, _) in enumerate(self.batches) if not items.isfinite().all()]
+        bad = [i for i, (items, *_) in enumerate(self.batches) if not items.isfinite().all()]
         first = min(gather_object([bad[0] if bad else len(self.batches)]))
-        items, files = self.batches[first]
+        items, _, files = self.batches[first]
         images = gather_object([files if not items.isfinite().all() else []])
         named = [file for part in images for file in part]
         raise FloatingPointError(
-            f"The loss is no longer a finite number; nothing was saved from this epoch. First in the batch of "
+            f"The loss is no longer a finite number, and nothing was saved since. First in the batch of "
             f"{', '.join(named[:64])}. Look at these images and labels, lower --lr0, or try --mixed_precision no."
         )

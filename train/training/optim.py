@@ -6,7 +6,7 @@ with an optimizer step, where Ultralytics carries half-summed gradients into the
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -24,6 +24,7 @@ class Schedule:
     config: TrainConfig
     images: int  # in the training split
     classes: int
+    picked: str = ""  # the optimizer of a run that is gone on with
 
     @property
     def batches(self) -> int:
@@ -32,9 +33,9 @@ class Schedule:
 
     @cached_property
     def optimizer(self) -> str:
-        """Name of the optimizer; `auto` decides by the number of steps in the run."""
-        if self.config.optimizer != "auto":
-            return self.config.optimizer
+        """Name of the optimizer; `auto` decides by the number of steps in the run, when it begins."""
+        if self.picked or self.config.optimizer != "auto":
+            return self.picked or self.config.optimizer
         steps = math.ceil(self.images / max(self.config.batch, self.config.nbs))
         return "MuSGD" if steps * self.config.epochs > 10_000 else "AdamW"
 
@@ -106,12 +107,31 @@ class Schedule:
         """Momentum of SGD and MuSGD."""
         return self._warm(ni, self.config.warmup_momentum, self.full_momentum)
 
+    def closed(self, epoch: int) -> bool:
+        """Whether an epoch (0-based) is one of the last, without mosaic."""
+        return epoch >= self.config.epochs - self.config.close_mosaic
+
+    def over(self, epochs: int) -> "Schedule":
+        """The same over so many epochs."""
+        return replace(self, config=replace(self.config, epochs=epochs), picked=self.optimizer)
+
     def apply(self, optimizer: torch.optim.Optimizer, epoch: int, ni: int) -> None:
         """Set the rates of the step that ends at batch `ni`."""
         for group in optimizer.param_groups:
             group["lr"] = self.lr(epoch, ni, group["initial_lr"], group["param_group"] == "bias")
             if "momentum" in group:
                 group["momentum"] = self.momentum(ni)
+
+
+def epochs_within(hours: float, used: float, each: float) -> int:
+    """How many epochs fit into so many hours, the first one among them.
+
+    Args:
+        hours: from the start of the run.
+        used: seconds of them that are over, with the first epoch.
+        each: seconds of an epoch.
+    """
+    return 1 + max(int((hours * 3600 - used) / each), 0)
 
 
 def _kinds(model: nn.Module, muon: bool) -> Iterator[tuple[str, str, nn.Parameter]]:

@@ -1,14 +1,12 @@
-"""What a run is made of, saved so that `ultralytics.YOLO` loads it and a killed run goes on."""
+"""What a run is made of, as it is held in memory; `train/training/saves.py` keeps it, `resume.py` brings it back."""
 
 import math
-import os
-import platform
-import shutil
+import time
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import nn
 from ultralytics.nn.tasks import DetectionModel
 
@@ -16,30 +14,74 @@ from train.config.errors import InputError
 from train.config.options import TrainConfig
 from train.evaluation.evaluate import Evaluation
 from train.model.build import ModelEMA
-from train.model.loss import end_of_epoch
-from train.model.weights import as_checkpoint
-from train.processes import status
-from train.processes.files import whole_file
+from train.model.loss import end_of_epoch, set_length
+from train.training.meter import Meter, Window
 
-PLAIN = ("rows", "epoch", "best_epoch", "best_fitness", "best_ap", "last_ap", "wandb_id")
+FORMAT = 2  # of a saved state; 1 had the ends of epochs alone
+PLAIN = (
+    "rows",
+    "epoch",
+    "batches",
+    "length",
+    "picked",
+    "best_epoch",
+    "best_fitness",
+    "best_ap",
+    "last_ap",
+    "wandb_id",
+    "best",
+)
 
 
 @dataclass
 class TrainState:
-    """What a run is made of between two epochs, beside its configuration and data."""
+    """What a run is made of between two steps, beside its configuration and data."""
 
     detector: DetectionModel
     model: nn.Module  # the detector, as Accelerate prepared it
     ema: ModelEMA
     optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler | None
+    accelerator: Accelerator
     rows: list[dict[str, Any]] = field(default_factory=list)  # of results.csv
-    epoch: int = -1  # the last one that is finished
+    epoch: int = -1  # the last one that is finished: trained, validated, in a row
+    batches: int = 0  # of the next one that are trained on, up to a step's end
+    length: int = 0  # epochs of the run as --time has planned them; 0 where it has not
+    picked: str = ""  # the optimizer
     best_epoch: int = -1  # none yet
     best_fitness: float = -math.inf
     best_ap: float = -1.0
     last_ap: float = -1.0  # of the last validation
     wandb_id: str = ""  # of the W&B run, which a resumed training goes on with
+    best: str = ""  # hash of the file best.pt that belongs to this state
+    whole: Window | None = None  # what the epoch has measured so far
+    since: Window | None = None  # of it, what no line has told yet
+    started: float = 0.0  # when the epoch began by time.perf_counter, or would have, had the run never been interrupted
+    elapsed: float = 0.0  # seconds of the epoch when the state was saved
+
+    @property
+    def where(self) -> str:
+        """How far the run has come, in words."""
+        return f"batch {self.batches} of epoch {self.epoch + 2}" if self.batches else f"epoch {self.epoch + 1}"
+
+    @property
+    def seconds(self) -> float:
+        """Since the epoch began."""
+        return time.perf_counter() - self.started
+
+    def begin(self) -> None:
+        """An epoch begins, or goes on."""
+        if not self.batches:
+            self.whole = self.since = None
+        self.started = time.perf_counter() - self.elapsed
+
+    def measured(self, window: Window) -> None:
+        """Add what was measured to the epoch's."""
+        self.whole = self.whole + window if self.whole else window
+        self.since = self.since + window if self.since else window
+
+    def finish(self, epoch: int) -> None:
+        """The epoch has been trained; what follows is its validation."""
+        self.epoch, self.batches, self.elapsed = epoch, 0, 0.0
 
     def note(self, result: Evaluation) -> None:
         """Take over what the validation of the epoch that has just finished says of the best epoch."""
@@ -47,61 +89,60 @@ class TrainState:
         if result.fitness > self.best_fitness:
             self.best_epoch, self.best_fitness, self.best_ap = self.epoch, result.fitness, result.metrics["AP"]
 
-    def save(self, config: TrainConfig, result: Evaluation | None, folder: Path) -> None:
-        """Write last.pt for Ultralytics, best.pt where this epoch is the best, and state.pt to resume from.
+    def content(self, config: TrainConfig, meter: Meter, images: dict[str, Any]) -> dict[str, Any]:
+        """All that the next step depends on, as tensors and plain values (collective: losses are those of all ranks).
 
         Args:
-            config: with what validation depends on resolved; kept in the checkpoints.
-            result: of this epoch, where it was validated.
-            folder: where to.
+            config: of the run as it was given.
+            meter: with what has been measured since the last line.
+            images: what the data set was when it was read, see `fingerprint`.
 
         Raises:
-            InputError: the disk is full, or the folder cannot be written.
+            FloatingPointError: on all ranks, where a loss since the last line is not a finite number.
         """
-        metrics = {f"{config.val_name}/{name}": value for name, value in result.metrics.items()} if result else {}
-        checkpoint = as_checkpoint(self.ema.ema, asdict(config), self.epoch, metrics)
-        checkpoint["wandb_id"] = self.wandb_id
-        state = {name: getattr(self, name) for name in PLAIN}
-        state |= {"model": self.detector.state_dict(), "ema": self.ema.ema.state_dict(), "updates": self.ema.updates}
-        state |= {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler and self.scaler.state_dict()}
-        try:
-            with whole_file(folder / "last.pt") as draft:
-                torch.save(checkpoint, draft)
-            if self.best_epoch == self.epoch:
-                with whole_file(folder / "best.pt") as draft:
-                    try:
-                        os.link(folder / "last.pt", draft)
-                    except OSError:  # a file system without links
-                        shutil.copyfile(folder / "last.pt", draft)
-            with whole_file(folder / "state.pt") as draft:
-                torch.save(state, draft)
-        except (OSError, RuntimeError) as error:  # RuntimeError: how torch's writer says that the disk is full
-            free = shutil.disk_usage(folder).free / 1e9
-            reason = getattr(error, "strerror", None) or "the disk is full, or a limit is reached"
-            raise InputError(
-                f"The checkpoint of epoch {self.epoch + 1} could not be written to {folder}, where {free:.2f} GB are "
-                f"free ({reason}). Free some space, or name another disk with --project."
-            ) from None
+        pending = meter.pending()
+        scaler = self.accelerator.scaler
+        within = self.batches > 0  # an epoch
+        windows = {
+            name: asdict(w) if w and within else None for name, w in (("whole", self.whole), ("since", self.since))
+        }
+        elapsed = self.seconds if within else 0.0
+        content: dict[str, Any] = {name: getattr(self, name) for name in PLAIN} | windows
+        content |= {"format": FORMAT, "pending": pending, "elapsed": elapsed, "options": asdict(config)}
+        content |= {"images": images, "architecture": self.detector.yaml, "names": self.detector.names}
+        content |= {"model": self.detector.state_dict(), "ema": self.ema.ema.state_dict()}
+        content |= {"updates": self.ema.updates, "optimizer": self.optimizer.state_dict()}
+        return content | {"scaler": scaler and scaler.state_dict()}
 
-    def load(self, saved: dict[str, Any]) -> None:
-        """Take over what `read_state` has read, and empty it: the weights need not stay in memory twice.
+    def load(self, saved: dict[str, Any], meter: Meter) -> None:
+        """Take over what `read_run` has read, and empty it: the weights need not stay in memory twice.
 
         Raises:
-            InputError: it is of another model than last.pt.
+            InputError: its parts do not fit each other.
         """
         try:
             self.detector.load_state_dict(saved.pop("model"))
             self.ema.ema.load_state_dict(saved.pop("ema"))
-            self.ema.updates = saved.pop("updates")
+            self.ema.updates = saved["updates"]
             self._load_optimizer(saved.pop("optimizer"))
-            if (scaler := saved.pop("scaler")) and self.scaler:
-                self.scaler.load_state_dict(scaler)
+            if (scaler := saved["scaler"]) and self.accelerator.scaler:
+                self.accelerator.scaler.load_state_dict(scaler)
+            picked = self.picked
+            for name in PLAIN:
+                setattr(self, name, saved[name])
+            self.picked = self.picked or picked
+            self.elapsed = saved["elapsed"]
+            ranks = self.accelerator.num_processes
+            for name in ("whole", "since"):
+                setattr(self, name, Window(**saved[name]).over(ranks) if saved[name] else None)
+            meter.resume(saved["pending"])
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError):
             raise InputError(
-                "--resume: state.pt does not fit last.pt. Start a new run from the weights: --model …/weights/last.pt"
+                "--resume: the parts of the saved state do not fit each other. Start a new run from the weights: "
+                "--model …/weights/last.pt"
             ) from None
-        for name in PLAIN:
-            setattr(self, name, saved.pop(name))
+        if self.length:
+            set_length(self.detector, self.length)
         for _ in range(self.epoch + 1):
             end_of_epoch(self.detector)
 
@@ -116,51 +157,3 @@ class TrainState:
             for name, value in slots.items():
                 if torch.is_tensor(value) and value.dim() and value.shape == parameter.shape:
                     slots[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
-
-
-def read_state(config: TrainConfig) -> dict[str, Any]:
-    """What state.pt holds of the run that `--resume` names: plain tensors and values, read as such.
-
-    Raises:
-        InputError: the run cannot be gone on with.
-    """
-    run, weights = Path(config.resume), Path(config.resume) / "weights"
-    missing = [name for name in ("last.pt", "state.pt") if not (weights / name).is_file()]
-    if missing:
-        raise InputError(f"--resume {run}: there is no {weights / missing[0]}; no epoch was finished there.")
-    told = status.read(run)
-    if told.get("host") == platform.node() and status.alive(told):  # of another machine nobody can tell
-        raise InputError(f"--resume {run}: the run is still running, as process {told['pid']}. Let it end, or end it.")
-    for path in (run, *run.iterdir(), *weights.iterdir(), *(run / "logs").glob("*")):
-        if path != run and path.is_symlink():  # it would be written through to wherever it leads
-            raise InputError(
-                f"--resume {run}: {path} is a link to {os.readlink(path)}, and would be written to. Put the file "
-                "itself there, or remove it."
-            )
-    if not all(os.access(folder, os.W_OK | os.X_OK) for folder in (run, weights)):
-        raise InputError(
-            f"--resume {run}: the folder cannot be written to. Copy it and go on in the copy: "
-            f"mkdir -p runs/detect && cp -r {run} runs/detect/ and --resume runs/detect/{run.name}"
-        )
-    try:
-        saved = torch.load(weights / "state.pt", map_location="cpu", weights_only=True)
-        {name: saved[name] for name in (*PLAIN, "model", "ema", "updates", "optimizer", "scaler")}
-    except Exception as error:  # a damaged file fails in as many ways as there are bytes
-        raise InputError(
-            f"--resume {run}: {weights / 'state.pt'} is damaged ({type(error).__name__}). Start a new run from the "
-            f"weights: --model {weights / 'last.pt'}"
-        ) from None
-    if not all(type(saved[name]) is int for name in ("epoch", "best_epoch", "updates")):
-        raise InputError(f"--resume {run}: {weights / 'state.pt'} is damaged: its epochs are no numbers.")
-    done = saved["epoch"] + 1
-    if config.epochs < done:
-        raise InputError(
-            f"--epochs is {config.epochs}, but {done} epochs of {run} are done; --epochs {done + 10}, say."
-        )
-    return saved
-
-
-def nothing_left(config: TrainConfig, saved: dict[str, Any]) -> bool:
-    """Whether a run that is gone on with is finished: its epochs or its patience are over, and it is measured."""
-    over = saved["epoch"] + 1 >= config.epochs or saved["epoch"] - saved["best_epoch"] >= config.patience
-    return over and (Path(config.resume) / "metrics.json").is_file()

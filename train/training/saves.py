@@ -1,0 +1,208 @@
+"""The files that a run is kept in: when they are due, how they are written, and how they are found whole again.
+
+In weights/ lie state_<step>.pt, the newest two, from which --resume goes on, and last.pt and best.pt for
+`ultralytics.YOLO`. Each file is whole or not there, and each state knows by its hash which best.pt is its own: whatever
+kills a run between two of these writes, `settle` finds that one among best.pt, best_next.pt (there until the state is
+written that needs it) and best_before.pt (there as long as the older state needs it).
+"""
+
+import contextlib
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from train.config.options import TrainConfig, seconds_of
+from train.evaluation.evaluate import Evaluation
+from train.model.weights import as_checkpoint
+from train.processes.collectives import on_main
+from train.processes.files import whole_file
+from train.training.engine import Progress, check_finite
+from train.training.meter import Meter
+from train.training.state import TrainState
+
+KEPT = 2  # states
+
+
+class Saves:
+    """Saves a run while it goes on. Its methods are collective; the main process writes.
+
+    Args:
+        state: of the run.
+        meter: of the run.
+        config: as it was given.
+        images: what the data set was when it was read, see `fingerprint`.
+        folder: weights/ in the run's folder, the main process's.
+    """
+
+    def __init__(self, state: TrainState, meter: Meter, config: TrainConfig, images: dict[str, Any], folder: Path):
+        self.state, self.meter, self.config, self.images, self.folder = state, meter, config, images, folder
+        interval = config.save_interval
+        self.every = int(interval) if str(interval).isdecimal() else 0  # steps
+        self.seconds = 0.0 if self.every else seconds_of(str(interval))
+        self.spent = 0.0  # seconds of the main process since the last save
+        self.bests = [state.best]  # hashes of the best.pt of the newest states
+
+    def due(self, progress: Progress) -> bool:
+        """Whether the state is to be saved after this step: the same on all ranks. At an epoch's end it is anyway.
+
+        Minutes are those of the main process, which all ranks know from what they have measured together.
+        """
+        self.spent += progress.window.seconds[0] if progress.window else 0.0
+        over = progress.global_step % self.every == 0 if self.every else self.spent >= self.seconds
+        return over and progress.step < progress.steps
+
+    def save(self, validated: TrainConfig | None = None, result: Evaluation | None = None) -> str:
+        """Write the state, and after an epoch its checkpoints (collective).
+
+        Args:
+            validated: after an epoch, the configuration with what validation depends on, which is kept in them.
+            result: then, of its validation, if there was one.
+
+        Returns:
+            why it could not be written; empty where it could.
+
+        Raises:
+            FloatingPointError: a loss since the last line, or a weight, is not a finite number.
+        """
+        self.spent = 0.0
+        content = self.state.content(self.config, self.meter, self.images)
+        write = partial(self._write, content, validated, result)
+        return on_main(self.state.accelerator, write)
+
+    def _write(self, content: dict[str, Any], validated: TrainConfig | None, result: Evaluation | None) -> str:
+        state, folder = self.state, self.folder
+        check_finite(state.ema.ema)
+        try:
+            if validated is not None:
+                content["best"] = self._write_last(validated, result)
+            write_state(folder, content)
+            self.bests = [content["best"], *self.bests][:KEPT]
+            if state.best != content["best"]:
+                state.best = content["best"]
+                settle(folder, state.best)
+            if len(set(self.bests)) == 1:
+                (folder / "best_before.pt").unlink(missing_ok=True)
+        except (OSError, RuntimeError) as error:  # RuntimeError: how torch's writer says that the disk is full
+            free = shutil.disk_usage(folder).free / 1e9
+            reason = getattr(error, "strerror", None) or "the disk is full, or a limit is reached"
+            return f"{folder} could not be written to, where {free:.2f} GB are free ({reason})"
+        return ""
+
+    def _write_last(self, validated: TrainConfig, result: Evaluation | None) -> str:
+        """last.pt, and, where --save-period wants it, epoch<N>.pt; the hash of what is best.pt from now on."""
+        state, folder = self.state, self.folder
+        metrics = {f"{validated.val_name}/{name}": value for name, value in result.metrics.items()} if result else {}
+        checkpoint = as_checkpoint(state.ema.ema, asdict(validated), state.epoch, metrics)
+        checkpoint["wandb_id"] = state.wandb_id
+        if state.best:
+            settle(folder, state.best)  # a full disk may have kept the last save from it
+        best = state.best
+        with whole_file(folder / "last.pt") as draft:
+            torch.save(checkpoint, draft)
+            if state.best_epoch == state.epoch:
+                best = hash_of(draft)
+                if state.best:
+                    _link(folder / "best.pt", folder / "best_before.pt")
+                _link(draft, folder / "best_next.pt")
+        if self.config.save_period > 0 and (state.epoch + 1) % self.config.save_period == 0:
+            _link(folder / "last.pt", folder / f"epoch{state.epoch + 1}.pt")
+        return best
+
+
+def write_state(folder: Path, content: dict[str, Any]) -> None:
+    """Write a state with a checksum, then remove all but the newest two."""
+    content = _on_cpu(content)
+    with whole_file(folder / f"state_{content['updates']}.pt") as draft:
+        torch.save(content | {"checksum": checksum(content)}, draft)
+    for path in states(folder)[KEPT:]:
+        path.unlink()
+    (folder / "state.pt").unlink(missing_ok=True)  # of a run that an older version of these scripts began
+
+
+def states(folder: Path) -> list[Path]:
+    """The saved states, the newest first."""
+    found = [path for path in folder.glob("state_*.pt") if path.stem.removeprefix("state_").isdecimal()]
+    return sorted(found, key=lambda path: int(path.stem.removeprefix("state_")), reverse=True)
+
+
+def settle(folder: Path, best: str) -> None:
+    """Make that file best.pt which has this hash, and none where the state knows of none."""
+    if not best:
+        (folder / "best.pt").unlink(missing_ok=True)
+    elif hash_of(folder / "best.pt") != best:
+        others = (folder / f"{name}.pt" for name in ("best_next", "best_before", "last"))
+        if (found := next((path for path in others if hash_of(path) == best), None)) is not None:
+            _link(found, folder / "best.pt")
+    (folder / "best_next.pt").unlink(missing_ok=True)
+
+
+def clear_drafts(folder: Path) -> None:
+    """Remove what killed processes have left half-written; call it where no other process writes there."""
+    for draft in (*folder.glob(".*.*.[0-9]*"), *folder.glob("weights/.*.*.[0-9]*")):
+        draft.unlink(missing_ok=True)
+
+
+def _on_cpu(content: Any) -> Any:
+    """Tensors copied from the device, and plain values."""
+    if torch.is_tensor(content):
+        return content.detach().cpu()
+    if isinstance(content, dict):
+        return {key: _on_cpu(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return type(content)(map(_on_cpu, content))
+    return content
+
+
+def checksum(content: Any) -> str:
+    """A hash of tensors and plain values, nested in dicts and lists, by what they hold."""
+    found = hashlib.sha256()
+    for part in _parts(content):
+        found.update(part)
+    return found.hexdigest()
+
+
+def _parts(content: Any) -> Iterator[Any]:
+    if torch.is_tensor(content):
+        yield f"{content.dtype}{tuple(content.shape)}".encode()
+        yield content.detach().contiguous().flatten().view(torch.uint8).numpy().data if content.numel() else b""
+    elif isinstance(content, dict):
+        yield f"{{{len(content)}".encode()
+        for key, value in content.items():
+            yield repr(key).encode()
+            yield from _parts(value)
+    elif isinstance(content, list | tuple):
+        yield f"[{len(content)}".encode()
+        for value in content:
+            yield from _parts(value)
+    else:
+        yield repr(content).encode()
+
+
+def hash_of(file: Path) -> str:
+    """A hash of a file; empty where there is none."""
+    try:
+        with open(file, "rb") as opened:
+            return hashlib.file_digest(opened, "sha256").hexdigest()
+    except OSError:
+        return ""
+
+
+def _link(file: Path, to: Path) -> None:
+    """Make `to` the same file, or a copy on a disk without links: whole, or not at all."""
+    draft = to.with_name(f".{to.name}.{os.getpid()}")
+    draft.unlink(missing_ok=True)
+    try:
+        with contextlib.suppress(OSError):
+            os.link(file, draft)
+        if not draft.exists():
+            shutil.copyfile(file, draft)
+        os.replace(draft, to)  # which does nothing where both are the same file already
+    finally:
+        draft.unlink(missing_ok=True)
