@@ -1,6 +1,6 @@
 """Kill a training again and again, and compare what it ends with byte for byte with one that was left alone.
 
-usage: python -m tests.soak [--seed 0] [--kills 30] [--keep FOLDER]
+usage: python -m tests.soak [--seed 0] [--timed 21] [--each 3] [--keep FOLDER]
 
 The run goes over several numbers of processes: it is stopped after a step and goes on with the next number. The same is
 done with SIGKILLs between, of a random rank or of the launcher, at times that are uniform over the run and at named
@@ -32,15 +32,16 @@ from train.training.saves import states
 ROOT = Path(__file__).resolve().parent.parent
 KILLED = ROOT / "tests" / "workers" / "killed.py"
 OPTIONS = (
-    "--data datasets/shapes/shapes.yaml --imgsz 64 --batch 8 --nbs 16 --workers 1 --epochs 6 --close-mosaic 2 "
-    "--save-interval 2 --log-interval 3 --no-plots --warmup-epochs 1 --optimizer AdamW --lr0 0.002 --resume auto"
+    "--data datasets/shapes/shapes.yaml --imgsz 64 --batch 8 --nbs 16 --workers 1 --save-interval 2 --log-interval 3 "
+    "--no-plots --mosaic 0.5 --warmup-epochs 1 --optimizer AdamW --lr0 0.0015 --patience 1000 --resume auto"
 )
-SEGMENTS = ((1, 8), (2, 16), (4, None))  # processes, and the step after which the next number takes over
+LONG = ((1, 450), (2, 900), (4, None))  # processes, and the step after which the next number takes over
+SHORT = ((1, 90), (2, None))
 TIMES = {"seconds", "images_per_s", "peak_memory_gb"}  # columns of results.csv
-# Each place at which a save can be cut off, in the order in which they come; and a step and a validation.
-PLACES = ("open:.last.pt", "os.link:.last.pt", "os.rename:.best_next.pt", "os.rename:.last.pt", "open:.state_",
-          "os.rename:.state_", "os.remove:state_", "os.rename:.best.pt", "os.rename:.best_before.pt",
-          "os.remove:best_next.pt", "step:", "validation:")  # fmt: skip
+# Each place at which a save can be cut off, in the order in which they come; a step, a validation, the start.
+PLACES = ("open:.last.pt", "os.link:.last.pt", "os.rename:.best_before.pt", "os.rename:.best_next.pt",
+          "os.rename:.last.pt", "open:.state_", "os.rename:.state_", "os.remove:state_", "os.rename:.best.pt",
+          "os.remove:best_next.pt", "step:", "validation:", "start")  # fmt: skip
 
 
 @dataclass
@@ -53,7 +54,10 @@ class Kill:
 
     def __str__(self) -> str:
         who = "the launcher" if self.rank is None else f"rank {self.rank}"
-        return f"rank 0 at {self.place[5:]}" if self.place != "run" else f"{who} after {self.seconds:.1f} s"
+        if self.place.startswith("kill:"):
+            _, what, name, number = self.place.split(":")
+            return f"rank 0 at {what} {name}".rstrip() + f", the {number}. of them"
+        return f"{who} after {self.seconds:.1f} s" + " (the start)" * (self.place == "start")
 
 
 def start(folder: Path, ranks: int, what: str, options: list[str]) -> subprocess.Popen:
@@ -71,7 +75,7 @@ def start(folder: Path, ranks: int, what: str, options: list[str]) -> subprocess
 def ended(process: subprocess.Popen, kill: Kill, ranks: int) -> int:
     """Kill it when it is time, wait until nothing of it is left; its code."""
     family = psutil.Process(process.pid)
-    if kill.place == "run" and kill.seconds:
+    if kill.seconds:
         try:
             process.wait(kill.seconds)
         except subprocess.TimeoutExpired:
@@ -86,23 +90,24 @@ def ended(process: subprocess.Popen, kill: Kill, ranks: int) -> int:
 
 def train_over(
     folder: Path, segments: tuple, kills: list[list[Kill]], model: str, options: list[str] | None = None
-) -> tuple[float, list[str]]:
-    """Train over the segments, with these kills in each; seconds, and what became of each kill."""
+) -> tuple[float, list[Kill]]:
+    """Train over the segments, with these kills in each; seconds, and the kills that came in time."""
     options = ["--model", model, *(options or [])]
     draw_shapes(folder / "datasets", {"train": 40, "val": 21})
-    begun, told = time.monotonic(), []
+    begun = time.monotonic()
+    told: list[Kill] = []
     for (ranks, stop), here in zip(segments, kills, strict=True):
         what = f"stop:{stop}" if stop else "run"
         for kill in [*here, Kill()]:
             last = kill.place == "run" and not kill.seconds
-            process = start(folder, ranks, what if kill.place == "run" else kill.place, options)
+            process = start(folder, ranks, kill.place if kill.place.startswith("kill:") else what, options)
             code = ended(process, kill, ranks)
-            if not last:
-                step = next(iter(map(step_of, newest(folder))), 0)
-                told.append(f"{ranks} processes, {kill}: code {code}, step {step} is saved")
-                print(told[-1], flush=True)
-            if code in (0, 3) and not last:  # it was over before the kill came
+            if code in (0, 3):  # it is over, if need be before the kill came
                 break
+            if not last:
+                told.append(kill)
+                step = next(iter(map(step_of, newest(folder))), 0)
+                print(f"{ranks} processes, {kill}: step {step} is saved", flush=True)
         if code != (3 if stop else 0):
             sys.exit(f"ended with {code}:\n{(folder / 'console.txt').read_text()[-3000:]}")
     return time.monotonic() - begun, told
@@ -142,32 +147,41 @@ def differing(a: Any, b: Any, where: str = "") -> list[str]:
     return [] if a == b else [where]
 
 
-def drawn(number: int, segments: tuple, seconds: float, seed: int) -> list[list[Kill]]:
-    """Kills for each segment: each place in turn, and as many at uniform times."""
+def drawn(timed: int, each: int, segments: tuple, seconds: float, seed: int) -> list[list[Kill]]:
+    """Kills for each segment in a random order: so many at uniform times up to these seconds, so many at each place."""
     rng = random.Random(seed)
-    kills = [Kill(f"kill:{place}:{rng.randint(1, 2)}") for place in PLACES]
-    kills = [kills[i % len(kills)] for i in range(number // 2)]
-    rng.shuffle(kills)
+    places = [place for place in PLACES for _ in range(each)]
     found: list[list[Kill]] = [[] for _ in segments]
-    for i in range(number):
-        ranks = segments[i % len(segments)][0]
-        timed = Kill(seconds=rng.uniform(1.0, seconds), rank=rng.choice([None, *range(ranks)]))
-        found[i % len(segments)].append(kills.pop() if i % 2 and kills else timed)
+    for i, place in enumerate(["run"] * timed + places):
+        # While there are few ranks the model still gets better, so that best.pt is written.
+        number = i % (len(segments) - ("best" in place) or 1)
+        rank = rng.choice([None, *range(segments[number][0])])
+        if place in ("run", "start"):
+            found[number].append(Kill(place, rng.uniform(0.5, 4.0 if place == "start" else seconds), rank))
+        else:
+            found[number].append(Kill(f"kill:{place}:{1 if 'best' in place else rng.randint(1, 2)}"))
+    for here in found:
+        rng.shuffle(here)
     return found
 
 
-def soak(home: Path, number: int, seed: int, model: str, segments: tuple = SEGMENTS) -> list[str]:
-    """Train with and without kills; what differs in the end."""
+def soak(home: Path, timed: int, each: int, seed: int, model: str, segments: tuple, epochs: int) -> list[str]:
+    """Train with and without kills; what differs in the end, or was not done."""
     for name in ("whole", "killed"):
         (home / name).mkdir(parents=True)
-    seconds, _ = train_over(home / "whole", segments, [[] for _ in segments], model)
-    each = seconds / len(segments)
+    options = ["--epochs", str(epochs), "--close-mosaic", str(epochs // 5)]
+    seconds, _ = train_over(home / "whole", segments, [[] for _ in segments], model, options)
     print(f"seed {seed}: left alone it took {seconds:.0f} s over {len(segments)} numbers of processes", flush=True)
-    _, told = train_over(home / "killed", segments, drawn(number, segments, each, seed), model)
+    kills = drawn(timed, each, segments, 12.0, seed)
+    begun = time.monotonic()
+    _, told = train_over(home / "killed", segments, kills, model, options)
+    print(f"with {len(told)} kills it took {time.monotonic() - begun:.0f} s", flush=True)
     runs = [home / name / "runs" / "detect" for name in ("whole", "killed")]
     wrong = differing(*(contents(run / "exp") for run in runs))
-    if len(told) < number // 2:
-        wrong.append(f"only {len(told)} kills came in time")
+    for place in PLACES:
+        came = sum(place in kill.place for kill in told)
+        if came < each:
+            wrong.append(f"{came} kills at {place}, not {each}")
     return wrong
 
 
@@ -175,13 +189,15 @@ def main() -> None:
     """Say what was killed and whether it made a difference."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--timed", type=int, default=21, help="kills at uniform times")
+    parser.add_argument("--each", type=int, default=3, help="kills at each place")
     parser.add_argument("--model", default=str(ROOT / "tests" / "fixtures" / "tiny.yaml"))
     parser.add_argument("--keep", type=Path, help="leave the runs in this folder")
     given = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     with tempfile.TemporaryDirectory() as temporary:
-        wrong = soak((given.keep or Path(temporary)).resolve(), given.kills, given.seed, given.model)
+        home = (given.keep or Path(temporary)).resolve()
+        wrong = soak(home, given.timed, given.each, given.seed, given.model, LONG, epochs=450)
     print("all bits are equal" if not wrong else f"NOT EQUAL: {json.dumps(wrong[:20])}")
     sys.exit(bool(wrong))
 

@@ -614,6 +614,27 @@ def test_t11_one_rank_ends_all(device: str, data: Path, tmp_path: Path, kind: st
     assert words in err
 
 
+@pytest.mark.parametrize("device", [pytest.param("cpu", marks=pytest.mark.slow), CUDA])
+def test_t14_both_ranks_stop_after_the_same_step(device: str, data: Path, tmp_path: Path):
+    """A GPU's host runs ahead of it: the step is agreed without a wait for the device."""
+    options = "--imgsz 64 --batch 8 --nbs 8 --workers 0 --trackers none --no-plots --save-interval 1000"
+    train = ["--data", data, "--model", TINY, *options.split()]
+    ranks = two_ranks(device, DETECT, *train, "--epochs", 500, cwd=tmp_path)
+    stdout = ranks[0].stdout
+    assert stdout is not None
+    for line in stdout:
+        if line.startswith("epoch 2/500"):
+            break
+    (told,) = psutil.Process(ranks[1].pid).children()
+    told.send_signal(signal.SIGUSR1)
+    _, err = ranks[0].communicate(timeout=30)
+    ranks[1].communicate(timeout=30)
+    status = json.loads((tmp_path / "m0" / "runs" / "detect" / "exp" / "status.json").read_text())
+    assert (status["state"], status["reason"], status["rank"]) == ("preempted", "ended by SIGUSR1", 1), err[-2000:]
+    said = run(device, DETECT, "--resume", "runs/detect/exp", "--epochs", status["epoch"] + 1, cwd=tmp_path / "m0")
+    assert "tiny.yaml, resumed after " in said
+
+
 def marked(mark: str) -> list[int]:
     """Processes with this mark in their environment."""
     found = []

@@ -181,8 +181,6 @@ def main(config: TrainConfig) -> None:
             result = evaluate(evaluated, report.watched(val_batches, "validating"), truth, validated, accelerator, stop)
             state.note(result)  # is it the best so far?
             del evaluated  # a copy in the device's memory
-            if state.best_epoch == epoch:
-                best = result
         # Your own code for an epoch goes here. `result` has the metrics of all ranks, and, on the main process alone,
         # the detections of all ranks; it is None where the epoch was not validated (--val-interval).
         if plans:  # once, by the main process's clock; from here on the plan counts
@@ -191,7 +189,10 @@ def main(config: TrainConfig) -> None:
             set_length(detector, state.length)
         end_of_epoch(detector)  # of an end-to-end model's two losses one fades into the other
         report.epoch(state, result, truth, last=ends)
-        report.saved(saves.save(validated, result), last=ends)
+        last = epoch + 1 == schedule.config.epochs or epoch - state.best_epoch >= config.patience
+        report.saved(saves.save(validated, result), last)
+        if state.best_epoch == epoch:
+            best = result
         stop.agree()
     if epoch < schedule.config.epochs:
         report.say(f"stopped: no better epoch than {state.best_epoch + 1} for {config.patience} epochs (--patience)")

@@ -155,6 +155,21 @@ def test_one_rank_ends_all_and_says_why(tmp_path, shapes: Path, kind: str, rank:
 
 
 @pytest.mark.slow
+def test_a_rank_that_is_killed_while_it_reads_is_no_preemption(tmp_path: Path, shapes: Path):
+    """The others know no more than that torchrun ends them."""
+    run = start(tmp_path, shapes, "ours", "none", 0)
+    until = time.monotonic() + 30
+    while len(run.left()) < 3 and time.monotonic() < until:
+        time.sleep(0.02)
+    time.sleep(1)  # of the two that imports take
+    children = psutil.Process(run.process.pid).children()
+    os.kill(children[0].pid, signal.SIGKILL)
+    run.finish()
+    assert run.process.returncode == 137
+    assert "error: rank 0 was killed by SIGKILL, perhaps out of memory" in run.err
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("launcher", "rank"), [("accelerate", 1), ("torchrun", 0)])
 def test_the_status_says_it_under_any_launcher(tmp_path: Path, shapes: Path, launcher: str, rank: int):
     run = start(tmp_path, shapes, launcher, "kill", rank)

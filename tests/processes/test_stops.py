@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import DETECT, state_of, succeed
+from tests.conftest import DETECT, TINY, launch, state_of, succeed
 from tests.processes.test_exits import SOON, start
 
 
@@ -75,6 +75,12 @@ def test_the_time_is_limited_and_one_command_goes_on(tmp_path: Path, shapes: Pat
     assert run.process.returncode == 3
     assert "plan:" not in "".join(run.said)
     assert os.listdir(tmp_path / "runs" / "detect") == ["exp"]
+
+
+def test_before_the_first_step_it_ends_at_once(tmp_path: Path, shapes: Path):
+    done = launch(1, DETECT, "--data", shapes, "--model", TINY, "--time-limit", "1s", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (3, "the time is up (--time-limit)\n")
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize(

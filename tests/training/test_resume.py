@@ -9,13 +9,14 @@ import platform
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.conftest import DETECT, ROOT, succeed
+from tests.conftest import DETECT, ROOT, TINY, succeed
 from train.config.errors import InputError
 from train.config.options import TrainConfig
 from train.training.resume import read_run
@@ -111,6 +112,7 @@ def test_each_way_to_go_on(runs, shapes: Path, tmp_path: Path):
     after = hashes(tmp_path)
     changed_files = {name for name in after if after[name] != before.get(name) and not name.endswith("/.lock")}
     assert {name.partition("/")[0] for name in changed_files} == {"moved", "half", "new"}
+    assert not (tmp_path / "headless" / ".lock").exists()  # a folder that may be read-only is left as it is
     config = json.loads((tmp_path / "moved" / "config.json").read_text())
     assert (config["data"], config["epochs"]) == ("there.yaml", 3)
     for place, epochs in (("moved", 3), ("half", 2), ("new/more", 3)):
@@ -171,3 +173,57 @@ def test_a_run_with_the_local_loss_norm_goes_on(shapes: Path, tmp_path: Path):
     succeed(1, DETECT, *run, "--epochs", 1, cwd=tmp_path)
     console = succeed(1, DETECT, "--resume", "runs/detect/exp", "--epochs", 2, cwd=tmp_path)
     assert "epoch 2/2  train" in console
+
+
+RUN = ["--model", TINY, "--imgsz", 64, "--batch", 8, "--nbs", 8, "--workers", 1, "--trackers", "none", "--no-plots"]
+
+
+@pytest.mark.slow
+def test_two_jobs_of_one_name_that_start_in_the_same_second(tmp_path: Path):
+    """With other options, on a data set that both draw."""
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+    def both(*options: object) -> list[str]:
+        command = [DETECT, *RUN, "--fraction", 32, "--val-limit", 8, "--resume", "auto", "--optimizer", "SGD", *options]
+        jobs = [
+            subprocess.Popen(
+                [sys.executable, *map(str, command), "--lr0", rate], cwd=tmp_path, env=environment,
+                stdout=subprocess.PIPE, text=True,
+            )
+            for rate in ("0.01", "0.02")
+        ]  # fmt: skip
+        said = [job.communicate(timeout=200)[0] for job in jobs]
+        assert [job.returncode for job in jobs] == [0, 0], said
+        return said
+
+    both("--epochs", 2)
+    runs = tmp_path / "runs" / "detect"
+    rates = {name: json.loads((runs / name / "config.json").read_text())["lr0"] for name in os.listdir(runs)}
+    assert (sorted(rates), sorted(rates.values())) == (["exp", "exp2"], [0.01, 0.02])
+    for rate, said in zip((0.01, 0.02), both("--epochs", 3), strict=True):  # each goes on with its own
+        (name,) = (name for name in rates if rates[name] == rate)
+        assert f"run        {runs / name}\n" in said
+        assert "resumed after epoch 2" in said
+    for said in both("--epochs", 3):
+        assert "nothing is left to train: runs/detect/exp" in said
+    assert sorted(os.listdir(runs)) == ["exp", "exp2"]
+
+
+@pytest.mark.slow
+def test_paths_with_spaces_and_letters_on_another_disk(tmp_path: Path, shapes: Path):
+    shm = Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else tmp_path
+    disk = Path(tempfile.mkdtemp(prefix="l\u00e4ufe 1 ", dir=shm))
+    try:
+        data, here, there = tmp_path / "Daten f\u00fcr \u4e24\u4e2a", tmp_path / "mein Ordner", tmp_path / "anderswo"
+        shutil.copytree(shapes.parent, data)
+        for folder in (here, there):
+            folder.mkdir()
+        options = ["--data", data / "shapes.yaml", *RUN, "--project", disk / "Projekt \u00dc", "--name", "Lauf 1"]
+        succeed(2, DETECT, *options, "--epochs", 1, cwd=here)
+        run = os.path.relpath(disk / "Projekt \u00dc" / "Lauf 1", there)
+        assert "epoch 2/2  val" in succeed(1, DETECT, "--resume", run, "--epochs", 2, cwd=there)
+        assert "epoch 3/3  val" in succeed(1, DETECT, *options, "--resume", "auto", "--epochs", 3, cwd=here)
+        assert os.listdir(disk / "Projekt \u00dc") == ["Lauf 1"]
+        assert not any(there.iterdir())
+    finally:
+        shutil.rmtree(disk)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.conftest import DETECT, ROOT, TINY, state_of, succeed
-from tests.soak import Kill, contents, differing, train_over
+from tests.soak import SHORT, Kill, contents, differing, soak, train_over
 from train.config.options import TrainConfig, seconds_of
 from train.processes.files import hold
 from train.training.optim import epochs_within
@@ -179,3 +179,9 @@ def test_killed_within_an_epoch_it_ends_with_the_bits_it_would_have_had(
     assert [row["epoch"] for row in killed["results.csv"]] == ["1", "2", "3"]
     assert "resumed after batch" in (tmp_path / "killed" / "console.txt").read_text()
     assert state_of(tmp_path / "killed" / "runs" / "detect" / "exp")["epoch"] == 2
+
+
+@pytest.mark.slow
+def test_a_short_soak(tmp_path: Path):
+    """A few kills at times and at each place, over one process and two; `make soak` is the long one."""
+    assert soak(tmp_path, timed=4, each=1, seed=1, model=str(TINY), segments=SHORT, epochs=60) == []

@@ -29,7 +29,8 @@ from train.processes.parent import LAUNCHER
 from train.processes.scratch import clean_up
 
 HANDED_ON = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"  # to the processes; torchrun itself would die of the last
-PATIENCE = 300  # seconds that they may take to finish a step and to save; torchrun's own is 30
+BY_SIGNAL = {signals.end_by(number).code for number in signals.SIGNALS}
+PATIENCE = 60  # seconds that they may take to finish a step and to save; torchrun's own is 30
 CONFIGS = Path(__file__).resolve().parents[2] / "accelerate_configs"
 
 
@@ -84,7 +85,10 @@ def launch(arguments: list[str]) -> int:
     try:
         launch_command(launch_command_parser().parse_args(arguments))
     except ChildFailedError as error:
-        killed = [rank for rank, failure in error.failures.items() if failure.exitcode < 0]
+        own = {-number for number in signals.SIGNALS}  # by which torchrun ends the others
+        killed = [
+            rank for rank, failure in error.failures.items() if failure.exitcode < 0 and failure.exitcode not in own
+        ]
         rank = killed[0] if killed else error.get_first_failure()[0]
         code = error.failures[rank].exitcode
         reason = f"rank {rank} ended with code {code}"
@@ -93,7 +97,10 @@ def launch(arguments: list[str]) -> int:
             reason = f"rank {rank} was killed by {name}{', perhaps out of memory' * (name == 'SIGKILL')}"
             code = 128 - code
         try:
-            code = int((told / "said").read_text())  # the cause has been said, by a rank that may be another
+            said = int((told / "said").read_text())  # the cause has been said, by a rank that may be another
+            if killed and said in BY_SIGNAL:  # of which torchrun's own signal was the consequence
+                raise ValueError
+            code = said
         except (OSError, ValueError):
             print(f"error: {reason}", file=sys.stderr)
         _note(told, "failed", reason, rank)

@@ -17,7 +17,7 @@ from train.config.sources import OF_A_MACHINE
 from train.config.words import as_flag
 from train.processes.devices import check_devices, check_launcher, device_type, launched, local_processes
 from train.processes.exits import leave
-from train.processes.store import connect, told
+from train.processes.store import connect, introduce, told
 
 LONGEST = timedelta(minutes=30)  # that a rank waits in a collective, unless --hang-timeout asks for more
 FOREVER = timedelta(days=1)
@@ -69,6 +69,7 @@ def _wait_for_all(limit: float) -> None:
     store, ranks, begun = connect(), launched("WORLD_SIZE", 1), time.monotonic()
     if store is None:  # of a launcher that has none yet: the first rank's, which torch.distributed waits for
         return
+    introduce(store)
     store.set(f"here/{launched('RANK', 0)}", platform.node())
     said = begun
     while missing := [rank for rank in range(ranks) if not store.check([f"here/{rank}"])]:

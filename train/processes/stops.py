@@ -30,7 +30,7 @@ from train.processes.store import connect, lost, tell
 
 HEARD = 2.0  # seconds between two looks whether another rank was told
 AGAIN = 0.3  # seconds after which a second Ctrl-C is one: a launcher may hand on what the terminal has sent, too
-BOUND = 12.0  # seconds that a validation, a picture or a gather may go on; a step may take its time
+BOUND = 10.0  # seconds that a validation, a picture or a gather may go on; a step may take its time
 
 
 class Stop:
@@ -41,7 +41,7 @@ class Stop:
     """
 
     def __init__(self, accelerator: Accelerator):
-        self.process, self.ranks = os.getpid(), accelerator.num_processes
+        self.process = os.getpid()
         self.lag = 0 if accelerator.device.type == "cpu" else 1
         self.device_step: Any = None  # an event: the device is done with the step before
         self.store = connect()
@@ -158,14 +158,15 @@ class Stop:
 
     def _run(self, reader: int, store: Any) -> None:
         """In a thread of its own: hear what is told while the main thread waits for others, tell them, keep time."""
-        handed_on, bound = False, BOUND
+        passed_on, handed_on, bound = False, False, BOUND
         while not self.over:
             ready, _, _ = select.select([reader], [], [], HEARD if self.asked is None else 0.5)
             number = os.read(reader, 1)[0] if ready else 0
-            if self.asked is None:
-                if number in signals.SIGNALS:
-                    self._ask(end_by(number))
+            if self.asked is None and number in signals.SIGNALS:
+                self._ask(end_by(number))
+            if not passed_on:
                 self._pass_on(store)
+            if not (passed_on := self.asked is not None):
                 continue
             now = time.monotonic()
             if number == signal.SIGINT and now - self.told > AGAIN:

@@ -19,12 +19,15 @@ from train.config.words import as_flag
 from train.model.weights import load_detector
 from train.processes import status
 from train.processes.files import hold, new_folder, whole_file
-from train.training.saves import checksum, clear_drafts, hash_of, settle, states
-from train.training.state import FORMAT, PLAIN
+from train.training.saves import BESTS, checksum, clear_drafts, hash_of, settle, states
+from train.training.state import FORMAT
 
-NEEDED = (*PLAIN, "pending", "whole", "since", "elapsed", "options", "images", "architecture", "names", "model", "ema",
-          "updates", "optimizer", "scaler")  # fmt: skip
-NUMBERS = ("epoch", "batches", "length", "best_epoch", "updates")
+NEEDED: dict[str, Any] = {  # of a state, which may be a stranger's
+    "epoch": int, "batches": int, "length": int, "best_epoch": int, "updates": int, "rows": list, "best": str,
+    "picked": str, "wandb_id": str, "best_fitness": float, "best_ap": float, "last_ap": float, "elapsed": float,
+    "pending": dict, "options": dict, "images": dict, "architecture": dict, "names": dict, "model": dict, "ema": dict,
+    "optimizer": dict, "whole": dict | None, "since": dict | None, "scaler": dict | None,
+}  # fmt: skip
 
 
 def find_run(config: TrainConfig) -> str:
@@ -41,9 +44,11 @@ def find_run(config: TrainConfig) -> str:
             continue
         told = status.read(place)
         may = MAY_CHANGE - {"data", "annotations"}
-        if not isinstance(theirs, dict) or differences(asdict(config), theirs, may) or _busy(place):
+        if not isinstance(theirs, dict) or type(theirs.get("epochs")) is not int:
             continue
-        if told.get("state") == "finished" and theirs.get("epochs") == config.epochs:
+        if differences(asdict(config), theirs, may) or _busy(place):
+            continue
+        if told.get("state") == "finished" and theirs["epochs"] >= config.epochs:
             finished = finished or str(place)
         elif (states(place / "weights") or (place / "weights" / "state.pt").is_file()) and hold(place):
             return str(place)
@@ -100,7 +105,7 @@ def read_run(config: TrainConfig) -> tuple[dict[str, Any], list[str]]:
     changed = [n for n in differences(own, theirs) if n not in ("resume", "project", "name", "trust_checkpoint")]
     if changed:
         said.append("changed    " + ", ".join(f"{as_flag(n)} {theirs.get(n)!r} -> {own[n]!r}" for n in changed))
-    if saved["best"] and not any(hash_of(path) == saved["best"] for path in weights.glob("*.pt")):
+    if saved["best"] and saved["best"] not in (hash_of(weights / name) for name in BESTS):
         raise InputError(f"--resume {run}: the best.pt that belongs to it is not in {weights} any more. Put it back.")
     return saved, said
 
@@ -119,8 +124,8 @@ def _newest_whole(run: Path, config: TrainConfig) -> tuple[dict[str, Any], list[
                 raise InputError(f"--resume {run}: {path} was saved by a newer version of these scripts; update them.")
             told = saved.pop("checksum")
             fault = "" if told == checksum(saved) else "its checksum is wrong"
-            if not all(type(saved[name]) is int for name in NUMBERS) or not all(name in saved for name in NEEDED):
-                fault = "its numbers are none"
+            if not all(isinstance(saved[name], kind) for name, kind in NEEDED.items()):
+                fault = "it holds other things than a state"
         except InputError:
             raise
         except Exception as error:  # a damaged file fails in as many ways as there are bytes
@@ -144,8 +149,8 @@ def _of_format_1(run: Path, config: TrainConfig) -> dict[str, Any]:
         new = {"batches": 0, "length": 0, "picked": "", "whole": None, "since": None, "elapsed": 0.0, "images": {}}
         saved |= new | {"pending": nothing, "best": hash_of(weights / "best.pt"), "options": asdict(config)}
         saved |= {"architecture": dict(model.yaml), "names": model.names}
-        if not all(type(saved[name]) is int for name in NUMBERS):
-            raise ValueError
+        if not all(isinstance(saved[name], kind) for name, kind in NEEDED.items()):
+            raise TypeError
         return {name: saved[name] for name in NEEDED}
     except Exception as error:
         raise InputError(
@@ -199,7 +204,7 @@ def open_folder(config: TrainConfig, saved: dict[str, Any] | None) -> Path:
         return folder
     if not stays:
         for file in (Path(config.resume) / "weights").glob("*.pt"):
-            if file.name in ("best.pt", "best_next.pt", "best_before.pt", "last.pt", f"state_{saved['updates']}.pt"):
+            if file.name in (*BESTS, f"state_{saved['updates']}.pt"):
                 with whole_file(weights / file.name) as draft:
                     shutil.copyfile(file, draft)
     for newer in states(weights):  # damaged, or of a time that will come again

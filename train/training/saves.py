@@ -28,6 +28,7 @@ from train.training.meter import Meter
 from train.training.state import TrainState
 
 KEPT = 2  # states
+BESTS = ("best.pt", "best_next.pt", "best_before.pt", "last.pt")  # among which a state finds its best.pt
 
 
 class Saves:
@@ -73,8 +74,10 @@ class Saves:
         """
         self.spent = 0.0
         content = self.state.content(self.config, self.meter, self.images)
-        write = partial(self._write, content, validated, result)
-        return on_main(self.state.accelerator, write)
+        failed = on_main(self.state.accelerator, partial(self._write, content, validated, result))
+        if failed and validated is not None and self.state.best_epoch == self.state.epoch:
+            self.state.forget()
+        return failed
 
     def _write(self, content: dict[str, Any], validated: TrainConfig | None, result: Evaluation | None) -> str:
         state, folder = self.state, self.folder
@@ -134,12 +137,11 @@ def states(folder: Path) -> list[Path]:
 
 def settle(folder: Path, best: str) -> None:
     """Make that file best.pt which has this hash, and none where the state knows of none."""
+    found = next((path for name in BESTS if best and hash_of(path := folder / name) == best), None)
     if not best:
         (folder / "best.pt").unlink(missing_ok=True)
-    elif hash_of(folder / "best.pt") != best:
-        others = (folder / f"{name}.pt" for name in ("best_next", "best_before", "last"))
-        if (found := next((path for path in others if hash_of(path) == best), None)) is not None:
-            _link(found, folder / "best.pt")
+    elif found is not None and found.name != "best.pt":
+        _link(found, folder / "best.pt")
     (folder / "best_next.pt").unlink(missing_ok=True)
 
 

@@ -52,6 +52,7 @@ class TrainState:
     best_ap: float = -1.0
     last_ap: float = -1.0  # of the last validation
     wandb_id: str = ""  # of the W&B run, which a resumed training goes on with
+    before: tuple[int, float, float] = (-1, -math.inf, -1.0)  # the three before the last best epoch
     best: str = ""  # hash of the file best.pt that belongs to this state
     whole: Window | None = None  # what the epoch has measured so far
     since: Window | None = None  # of it, what no line has told yet
@@ -87,7 +88,12 @@ class TrainState:
         """Take over what the validation of the epoch that has just finished says of the best epoch."""
         self.last_ap = result.metrics["AP"]
         if result.fitness > self.best_fitness:
+            self.before = self.best_epoch, self.best_fitness, self.best_ap
             self.best_epoch, self.best_fitness, self.best_ap = self.epoch, result.fitness, result.metrics["AP"]
+
+    def forget(self) -> None:
+        """The best epoch could not be saved: the one before it is the best that there is."""
+        self.best_epoch, self.best_fitness, self.best_ap = self.before
 
     def content(self, config: TrainConfig, meter: Meter, images: dict[str, Any]) -> dict[str, Any]:
         """All that the next step depends on, as tensors and plain values (collective: losses are those of all ranks).
