@@ -100,14 +100,15 @@ def train_over(
         what = f"stop:{stop}" if stop else "run"
         for kill in [*here, Kill()]:
             last = kill.place == "run" and not kill.seconds
-            process = start(folder, ranks, kill.place if kill.place.startswith("kill:") else what, options)
+            process = start(folder, ranks, f"{kill.place}+{what}" if kill.place.startswith("kill:") else what, options)
             code = ended(process, kill, ranks)
-            if code in (0, 3):  # it is over, if need be before the kill came
+            step = next(iter(map(step_of, newest(folder))), 0)
+            if code == 0 or (code == 3 and step == stop):  # it is over, if need be before the kill came
                 break
-            if not last:
-                told.append(kill)
-                step = next(iter(map(step_of, newest(folder))), 0)
-                print(f"{ranks} processes, {kill}: step {step} is saved", flush=True)
+            if last or code not in (-signal.SIGKILL, 128 + signal.SIGKILL):
+                sys.exit(f"{kill}: code {code}:\n{(folder / 'console.txt').read_text()[-3000:]}")
+            told.append(kill)
+            print(f"{ranks} processes, {kill}: step {step} is saved", flush=True)
         if code != (3 if stop else 0):
             sys.exit(f"ended with {code}:\n{(folder / 'console.txt').read_text()[-3000:]}")
     return time.monotonic() - begun, told

@@ -1,5 +1,5 @@
-"""What only a GPU can show. Each test takes the device: on the CPU the same body runs in `make test`, so that it cannot
-rot; `make test-cuda` runs them on a machine with one GPU, where what is marked `on CUDA` is tested, too.
+"""What only a GPU can show. Each test takes the device: on the CPU the same body runs in `make test`, or where
+it starts processes in `make test-slow`, so that it cannot rot; `make test-cuda` runs them on a machine with one GPU, where what is marked `on CUDA` is tested, too.
 
 Two ranks on one GPU are two machines of one process each, which is also how several machines are tested. NCCL takes
 two ranks on one GPU since 2.30; for older ones each rank claims a host of its own; where neither works it is gloo.
@@ -58,6 +58,8 @@ CUDA = pytest.param(
     marks=[pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU")],
 )
 on_each_device = pytest.mark.parametrize("device", ["cpu", CUDA])
+# Several launches of processes: on the CPU their bodies run in `make test-slow`
+on_each_device_slowly = pytest.mark.parametrize("device", [pytest.param("cpu", marks=pytest.mark.slow), CUDA])
 WORKERS = ROOT / "tests" / "workers"
 MODELS = {"cpu": str(TINY), "cuda": "yolov8n.yaml"}
 SIZES = {"cpu": 64, "cuda": 320}
@@ -439,7 +441,7 @@ def test_t8_memory_does_not_grow(device: str, data: Path):
 TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node", "1", "--local_addr", "127.0.0.1"]
 
 
-@on_each_device
+@on_each_device_slowly
 def test_t9_one_rank_with_a_process_group(device: str, data: Path, tmp_path: Path):
     """NCCL's collectives, of a group of one; and DDP over it by hand, for Accelerate wraps for several alone."""
     options = f"--imgsz {SIZES[device]} --epochs 1 --batch 8 --nbs 8 --workers 0 --trackers none --no-plots"
@@ -541,7 +543,7 @@ def one_rank(device: str, modes: tuple[str, ...], data: Path, home: Path) -> Pat
     return out
 
 
-@on_each_device
+@on_each_device_slowly
 def test_t10_two_ranks_train_what_one_trains(device: str, data: Path, tmp_path: Path, home: Path):
     for modes in [("global",)] if device == "cpu" else [("global", "sync"), ("fp16",)]:
         finished(two_ranks(device, WORKERS / "parity.py", data, tmp_path, *modes, cwd=tmp_path, **NO_TF32))
@@ -557,7 +559,7 @@ def test_t10_two_ranks_train_what_one_trains(device: str, data: Path, tmp_path: 
         assert two[0]["scaler"]["scale"] > 0
 
 
-@on_each_device
+@on_each_device_slowly
 def test_t10_two_ranks_give_the_same_ap(device: str, data: Path, tmp_path: Path, home: Path):
     one = trained(device, MODELS[device], "bf16", data, home).folder  # test_t5: it says what validate.py says
     options = ["--weights", one, "--no-plots", "--workers", 0, "--save-dir", tmp_path / "two"]
@@ -578,7 +580,7 @@ T11 = [
 
 @pytest.mark.parametrize(
     ("device", "kind", "rank", "number", "words"),
-    [pytest.param("cpu", *case, marks=[pytest.mark.slow] if i else []) for i, case in enumerate(T11)]
+    [pytest.param("cpu", *case, marks=pytest.mark.slow) for case in T11]
     + [pytest.param("cuda", *case, marks=CUDA.marks) for case in T11],
 )
 def test_t11_one_rank_ends_all(device: str, data: Path, tmp_path: Path, kind: str, rank: int, number, words: str):
@@ -614,7 +616,7 @@ def test_t11_one_rank_ends_all(device: str, data: Path, tmp_path: Path, kind: st
     assert words in err
 
 
-@pytest.mark.parametrize("device", [pytest.param("cpu", marks=pytest.mark.slow), CUDA])
+@on_each_device_slowly
 def test_t14_both_ranks_stop_after_the_same_step(device: str, data: Path, tmp_path: Path):
     """A GPU's host runs ahead of it: the step is agreed without a wait for the device."""
     options = "--imgsz 64 --batch 8 --nbs 8 --workers 0 --trackers none --no-plots --save-interval 1000"
@@ -645,7 +647,7 @@ def marked(mark: str) -> list[int]:
     return found
 
 
-@on_each_device
+@on_each_device_slowly
 def test_t12_speed(device: str, tmp_path: Path):
     """Numbers to read, not to pass."""
     sizes = {
@@ -663,7 +665,7 @@ def test_t12_speed(device: str, tmp_path: Path):
 @pytest.mark.parametrize(
     "device",
     [
-        "cpu",
+        pytest.param("cpu", marks=pytest.mark.slow),
         pytest.param("cuda", marks=[*CUDA.marks, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="1 GPU")]),
     ],
 )

@@ -91,6 +91,7 @@ def test_a_loss_that_is_not_finite_names_the_images_and_saves_nothing(tmp_path: 
     assert list((tmp_path / "runs" / "detect" / "exp" / "weights").iterdir()) == []
 
 
+@pytest.mark.slow  # as those of more models in tests/training/test_saves.py
 def test_a_killed_run_resumes_and_ends_with_the_weights_it_would_have_had(tmp_path: Path, shapes: Path):
     recipe = [
         "--data",

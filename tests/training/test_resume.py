@@ -35,8 +35,8 @@ def test_each_way_to_go_on(runs, shapes: Path, tmp_path: Path):
     names = ("half", "damaged", "stateless", "broken", "moved", "headless", "busy", "swapped", "later", "bestless")
     for name in names:
         shutil.copytree(finished, tmp_path / name)
-        if name != "finished":
-            (tmp_path / name / "status.json").unlink()
+        for file in ("status.json", ".lock"):
+            (tmp_path / name / file).unlink()
     newest, older = states(finished / "weights")
     for name in ("half", "damaged"):
         (tmp_path / name / "weights" / newest.name).write_bytes(newest.read_bytes()[:1000])

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tests.conftest import DETECT, ROOT, TINY, state_of, succeed
+from tests.reporting.wandb_file import read
 from tests.soak import SHORT, Kill, contents, differing, soak, train_over
 from train.config.options import TrainConfig, seconds_of
 from train.processes.files import hold
@@ -170,6 +171,7 @@ def test_killed_within_an_epoch_it_ends_with_the_bits_it_would_have_had(
 ):
     """Default augmentation, accumulation over two batches, mosaic closing in the third epoch of three."""
     options = ["--workers", str(workers), "--epochs", "3", "--close-mosaic", "1", "--trackers", "none"]
+    options += ["--mosaic", "1.0"]
     kills = [Kill("kill:step::7"), Kill("kill:validation::1")]  # in the second epoch, and where that is validated
     for name, here in (("whole", []), ("killed", kills)):
         (tmp_path / name).mkdir()
@@ -185,3 +187,9 @@ def test_killed_within_an_epoch_it_ends_with_the_bits_it_would_have_had(
 def test_a_short_soak(tmp_path: Path):
     """A few kills at times and at each place, over one process and two; `make soak` is the long one."""
     assert soak(tmp_path, timed=4, each=1, seed=1, model=str(TINY), segments=SHORT, epochs=60) == []
+    runs = sorted((tmp_path / "whole" / "runs" / "detect" / "exp" / "wandb").glob("offline-run-*"))
+    records = [read(run) for run in runs]  # the first was preempted after step 90, and is finished all the same
+    assert [len(one["exit"]) for one in records] == [1, 1]
+    assert len({one["run"][0].run_id for one in records}) == 1
+    steps = [row["global_step"] for one in records for row in one["history"]]
+    assert steps == sorted(steps)

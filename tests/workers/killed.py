@@ -2,7 +2,8 @@
 
 WHAT is `stop:N`, SIGUSR1 before the gradients of step N are contributed; `kill:OPERATION:NAME:N`, SIGKILL before the
 N-th operation (os.rename, os.link, os.remove, open) on a file of weights/ whose name begins with NAME, or in the N-th
-`step` or `validation`; `full:N:M`, no file may be larger than 100 kB from step N to M; or `run`, nothing.
+`step` or `validation`; `full:N:M`, no file may be larger than 100 kB from step N to M; or `run`, nothing;
+`stop` may stand behind another with a +.
 """
 
 import os
@@ -15,7 +16,9 @@ from pathlib import Path
 import train.evaluation.evaluate
 from train.processes.stops import Stop
 
-what = sys.argv.pop(1).split(":")
+given = sys.argv.pop(1).split("+")
+stops = [int(part.partition(":")[2]) for part in given if part.startswith("stop:")]
+what = next((part.split(":") for part in given if not part.startswith("stop:")), ["run"])
 detect = str(Path(__file__).resolve().parents[2] / "train" / "detect.py")
 sys.argv[0] = detect
 seen, LARGEST = 0, 100_000
@@ -42,7 +45,7 @@ announce, detect_boxes = Stop.announce, train.evaluation.evaluate.detect
 
 def announced(self: Stop, step: int) -> None:
     """Before the gradients of a step."""
-    if what[0] == "stop" and step == int(what[1]):
+    if step in stops:
         signal.raise_signal(signal.SIGUSR1)
     if what[0] == "full" and step in (int(what[1]), int(what[2]) + 1):
         limit = LARGEST if step == int(what[1]) else resource.RLIM_INFINITY
