@@ -1,5 +1,6 @@
-"""What only a GPU can show. Each test takes the device: on the CPU the same body runs in `make test`, or where
-it starts processes in `make test-slow`, so that it cannot rot; `make test-cuda` runs them on a machine with one GPU, where what is marked `on CUDA` is tested, too.
+"""What only a GPU can show. Each test takes the device: on the CPU the same body runs in `make test`, or, where it
+starts processes, in `make test-slow`, so that it cannot rot; `make test-cuda` runs them on a machine with one GPU, and
+with them what is marked `on CUDA`.
 
 Two ranks on one GPU are two machines of one process each, which is also how several machines are tested. NCCL takes
 two ranks on one GPU since 2.30; for older ones each rank claims a host of its own; where neither works it is gloo.

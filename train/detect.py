@@ -108,8 +108,8 @@ def main(config: TrainConfig) -> None:
     val_labels, truth, val_faults = read_truth(val_files, data.names, config, accelerator, annotations, report.reading)
     report.watch.end()
     check_usable(data.name, train_labels, val_labels, train_faults + val_faults, config)
-    before = saved["images"] if saved else {}
-    images = on_main(accelerator, lambda: fingerprint(train_labels, val_labels, before, config.resume))
+    own_truth, before = truth if annotations else None, saved["images"] if saved else {}
+    images = on_main(accelerator, lambda: fingerprint(train_labels, val_labels, own_truth, before, config.resume))
 
     # The model's moving average (a copy, so it comes before the loss is attached), and the loss.
     counts = np.bincount(np.concatenate([labels.cls for labels in train_labels]).astype(int), minlength=len(data.names))

@@ -2,6 +2,7 @@
 
 import os
 import zlib
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,29 +13,37 @@ from train.data.formats import Labels
 
 
 def fingerprint(
-    train: list[Labels], val: list[Labels], before: dict[str, torch.Tensor] | None = None, resume: str = ""
+    train: list[Labels],
+    val: list[Labels],
+    truth: dict[str, Any] | None = None,
+    before: dict[str, torch.Tensor] | None = None,
+    resume: str = "",
 ) -> dict[str, torch.Tensor]:
     """By split a number for each image, in order (int64): of its name in the data set, its size and its labels.
 
     Args:
         train, val: labels of the images.
+        truth: COCO ground truth of `val`, where that is a file's own.
         before: what this was when a run began that is gone on with; empty of a run that has not kept it.
         resume: that run.
 
     Raises:
         InputError: they differ; it says what has changed.
     """
-    labels = {"train": train, "val": val}
-    now = {split: _numbers(entries) for split, entries in labels.items()}
+    files = {"train": [entry.im_file for entry in train], "val": [entry.im_file for entry in val]}
+    now = {"train": _numbers(train), "val": _numbers(val)}
+    if truth is not None:
+        files["--annotations"] = [image["file_name"] for image in truth["images"]]
+        now["--annotations"] = _numbers_of(truth)
     for split, numbers in (before or {}).items():
-        if torch.equal(numbers, now[split]):
+        if split not in now or torch.equal(numbers, now[split]):
             continue
-        images, same = labels[split], min(len(numbers), len(now[split]))
+        images, same = len(files[split]), min(len(numbers), len(now[split]))
         differing = (numbers[:same] != now[split][:same]).nonzero().flatten().tolist()
-        what = f"{len(images)} images and had {len(numbers)}"
-        if len(images) == len(numbers):
+        what = f"{images} images and had {len(numbers)}"
+        if images == len(numbers):
             what = f"{len(differing)} images of another name, size or label than"
-        first = images[min([*differing, same, len(images) - 1])].im_file
+        first = files[split][min([*differing, same, images - 1])]
         raise InputError(
             f"--resume {resume}: the data set has changed. {split} has {what} when the run began; first "
             f"{printable(first)}. Put it back as it was, or start a new run from the weights: "
@@ -55,3 +64,12 @@ def _numbers(labels: list[Labels]) -> torch.Tensor:
             number = zlib.crc32(np.ascontiguousarray(array).data, number)
         found[i] = number
     return torch.from_numpy(found)
+
+
+def _numbers_of(truth: dict[str, Any]) -> torch.Tensor:
+    """The same of COCO's annotations."""
+    found = {image["id"]: zlib.crc32(f"{image['height']} {image['width']}".encode()) for image in truth["images"]}
+    for a in truth["annotations"]:
+        told = f"{a['category_id']} {a['bbox']} {a['area']} {a['iscrowd']}"
+        found[a["image_id"]] = zlib.crc32(told.encode(), found[a["image_id"]])
+    return torch.tensor([found[image["id"]] for image in truth["images"]])
