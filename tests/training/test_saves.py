@@ -16,7 +16,7 @@ from tests.soak import SHORT, Kill, contents, differing, soak, train_over
 from train.config.options import TrainConfig, seconds_of
 from train.processes.files import hold
 from train.training.optim import epochs_within
-from train.training.resume import find_run
+from train.training.resume import find_run, indivisible
 from train.training.saves import checksum, clear_drafts, hash_of, settle, states, write_state
 
 KILLED = ROOT / "tests" / "workers" / "killed.py"
@@ -71,6 +71,11 @@ def test_times_and_plans():
     assert [seconds_of(text) for text in ("", "15", "m", "1d", "5 m", "-5m", "1m1h")] == [0] * 7
     assert epochs_within(1.0, used=70, each=60) == 1 + 58
     assert epochs_within(1.0, used=5000, each=60) == 1
+    assert indivisible(TrainConfig(batch=12), 5) == "--batch is 12; it must be divisible by the 5 processes, as 10 is."
+    assert indivisible(TrainConfig(batch=12, resume="run"), 5) == (
+        "--batch is 12; it must be divisible by the 5 processes. The run's batch stays as it is: go on with 1, 2, 3, 4, "
+        "6, 12 processes."
+    )
     faults = TrainConfig(save_interval="soon", time_limit="1d", time=0.0).faults()
     assert len(faults) == 3
     assert "--time-limit is '1d'; a time is written 11h30m, 90m or 45s." in faults

@@ -216,8 +216,8 @@ def open_folder(config: TrainConfig, saved: dict[str, Any] | None) -> Path:
 
 def indivisible(config: TrainConfig, ranks: int) -> str:
     """What to say where the global batch cannot be dealt to so many processes."""
-    wrong = f"--batch is {config.batch}; it must be divisible by the {ranks} processes, as "
+    wrong = f"--batch is {config.batch}; it must be divisible by the {ranks} processes"
     if not config.resume:
-        return f"{wrong}{max(round(config.batch / ranks), 1) * ranks} is."
+        return f"{wrong}, as {max(round(config.batch / ranks), 1) * ranks} is."
     fitting = ", ".join(str(n) for n in range(1, config.batch + 1) if config.batch % n == 0)
-    return f"{wrong[:-4]}. The run's batch stays as it is: go on with {fitting} processes."
+    return f"{wrong}. The run's batch stays as it is: go on with {fitting} processes."
