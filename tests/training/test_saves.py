@@ -73,8 +73,8 @@ def test_times_and_plans():
     assert epochs_within(1.0, used=5000, each=60) == 1
     assert indivisible(TrainConfig(batch=12), 5) == "--batch is 12; it must be divisible by the 5 processes, as 10 is."
     assert indivisible(TrainConfig(batch=12, resume="run"), 5) == (
-        "--batch is 12; it must be divisible by the 5 processes. The run's batch stays as it is: go on with 1, 2, 3, 4, "
-        "6, 12 processes."
+        "--batch is 12; it must be divisible by the 5 processes. The run's batch stays as it is: go on with 1, 2, 3, "
+        "4, 6, 12 processes."
     )
     faults = TrainConfig(save_interval="soon", time_limit="1d", time=0.0).faults()
     assert len(faults) == 3
