@@ -44,7 +44,7 @@ from train.model.build import (
 from train.model.inference import digest, inference_copy
 from train.model.loss import build_criterion, end_of_epoch, set_length
 from train.model.weights import fetch_weights, load_detector
-from train.processes.accelerator import resolved, start_processes, without_buffer_broadcast
+from train.processes.accelerator import resolved, settle_buckets, start_processes, without_buffer_broadcast
 from train.processes.collectives import check_same, on_main, once_per_machine, sync_from_main
 from train.processes.files import check_file, check_folder
 from train.processes.meeting import meet
@@ -129,6 +129,7 @@ def main(config: TrainConfig) -> None:
     schedule = Schedule(config, len(train_set), len(data.names), saved["picked"] if saved else "")
     model, optimizer = accelerator.prepare(model, build_optimizer(model, schedule))
     model = without_buffer_broadcast(model)
+    settle_buckets(model.train(), data.channels, 2 * stride, accelerator.device)
     train_batches, positions = train_loader(train_set, schedule.batches, accelerator)
     val_batches = val_loader(val_set, config, accelerator)
     state = TrainState(detector, model, ema, optimizer, accelerator, picked=schedule.optimizer)

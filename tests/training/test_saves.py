@@ -169,6 +169,7 @@ def test_save_period_keeps_checkpoints(tmp_path: Path, shapes: Path):
         pytest.param("yolov8n.yaml", 2, 0, marks=pytest.mark.slow),
         pytest.param("yolo26n.yaml", 1, 0, marks=pytest.mark.slow),
         pytest.param("yolo26n.yaml", 2, 2, marks=pytest.mark.slow),
+        pytest.param("yolov8n.yaml", 4, 0, marks=pytest.mark.slow),
     ],
 )
 def test_killed_within_an_epoch_it_ends_with_the_bits_it_would_have_had(

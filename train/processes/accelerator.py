@@ -2,6 +2,7 @@
 
 import platform
 from dataclasses import replace
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -90,3 +91,33 @@ def without_buffer_broadcast(model: torch.nn.Module) -> torch.nn.Module:
     if isinstance(model, DistributedDataParallel):
         model.broadcast_buffers = False
     return model
+
+
+def settle_buckets(model: torch.nn.Module, channels: int, size: int, device: torch.device) -> None:
+    """Have DDP lay out the gradients as it will after the first backward, on more than two ranks (collective).
+
+    Sums over more than two ranks depend on that layout, bit by bit; a run that is gone on with would begin with another
+    one than the whole run has at that step. One backward of an empty image each does it, and leaves nothing else.
+
+    Args:
+        model: that Accelerate prepared, in training mode.
+        channels: of an image.
+        size: of its sides, in pixels; the model has to take it.
+        device: of the model.
+    """
+    if not isinstance(model, DistributedDataParallel) or torch.distributed.get_world_size() < 3:
+        return
+    buffers = {name: value.clone() for name, value in model.module.named_buffers()}
+    outputs = _tensors(model(torch.zeros(1, channels, size, size, device=device)))
+    torch.stack([output.float().sum() for output in outputs]).sum().backward()
+    model.zero_grad()
+    with torch.no_grad():
+        for name, value in model.module.named_buffers():
+            value.copy_(buffers[name])
+
+
+def _tensors(outputs: Any) -> list[torch.Tensor]:
+    """What a loss is computed from, in a model's nested outputs: all but the features, of which it takes the shapes."""
+    if isinstance(outputs, dict):
+        return [tensor for name, part in outputs.items() if name != "feats" for tensor in _tensors(part)]
+    return [outputs] if isinstance(outputs, torch.Tensor) and outputs.requires_grad else []
