@@ -612,7 +612,7 @@ def test_t11_one_rank_ends_all(device: str, data: Path, tmp_path: Path, kind: st
     print(f"\nT11: {kind}: all ended after {seconds:.1f} s")
     assert not left, err[-3000:]
     assert all(one.returncode for one in ranks)
-    said = [line for line in err.splitlines() if line.startswith("error: ") or line == "interrupted"]
+    said = [line for line in err.splitlines() if line.startswith(("error: ", "interrupted"))]
     assert len(said) == 1, err[-3000:]
     assert words in err
 

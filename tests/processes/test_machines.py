@@ -86,9 +86,9 @@ def machines(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def same(a: Path, b: Path) -> None:
-    """Two runs ended with the same bits."""
+    """Two runs ended with the same bits, and name the same images wherever each machine has them."""
     states = [state_of(run) for run in (a, b)]
-    for part in ("model", "ema"):
+    for part in ("model", "ema", "images"):
         assert all(torch.equal(states[0][part][name], value) for name, value in states[1][part].items())
     assert json.loads((a / "metrics.json").read_text()) == json.loads((b / "metrics.json").read_text())
     rows = [list(csv.DictReader((run / "results.csv").open())) for run in (a, b)]

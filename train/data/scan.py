@@ -65,9 +65,11 @@ def scan(
             max(1, min(16, len(share) // 32)),
         )
         mine = list(counted(read, len(share)))
-    found = [
-        entry for _, entry in sorted((pair for part in gather_object([mine]) for pair in part), key=lambda p: p[0])
-    ]
+    read_by_all = sorted((pair for part in gather_object([mine]) for pair in part), key=lambda pair: pair[0])
+    for i, entry in read_by_all:
+        if isinstance(entry, Labels):
+            entry.im_file = files[i]  # where it stands on this machine, and not where the rank that read it has it
+    found = [entry for _, entry in read_by_all]
     usable = [_chosen(entry, config) for entry in found if isinstance(entry, Labels)]
     return usable, [printable(entry)[:LONGEST] for entry in found if isinstance(entry, str)]
 

@@ -108,7 +108,8 @@ def _ended_by(end: End, saved: bool = False) -> End:
     store = connect()
     if before := lost(store):
         return _said(before, _in_place_of_the_launcher(before), store)
-    folder = run_folder() if saved else None
+    # Of the machine where the state is; another has a folder with its logs alone.
+    folder = run_folder() if saved and launched("RANK", 0) < local_processes() else None
     return _said(end, f"{end.reason}; go on with --resume {folder}" if folder else end.reason, store)
 
 

@@ -142,7 +142,7 @@ class Stop:
             return
         if self.asked is None:
             self._ask(end_by(number))
-        elif number == signal.SIGINT and time.monotonic() - self.told > AGAIN:
+        elif self._again(number):
             self.hard = True
         if self.hard or self.cuts:
             self.cuts = False
@@ -150,6 +150,11 @@ class Stop:
                 saving.clear()
                 signals.deafen()
             raise Ended(self.asked)  # type: ignore[arg-type]
+
+    def _again(self, number: int) -> bool:
+        """Whether this is a second Ctrl-C; torchrun, whose wait it has ended, hands it on as SIGTERM."""
+        interrupted = self.asked is not None and self.asked.code == end_by(signal.SIGINT).code
+        return interrupted and number in (signal.SIGINT, signal.SIGTERM) and time.monotonic() - self.told > AGAIN
 
     def _ask(self, end: End) -> None:
         self.told = time.monotonic()
@@ -169,7 +174,7 @@ class Stop:
             if not (passed_on := self.asked is not None):
                 continue
             now = time.monotonic()
-            if number == signal.SIGINT and now - self.told > AGAIN:
+            if self._again(number):
                 self.hard, bound = True, 2.0
             if not self.hard and (before := lost(store)) and before.state == "failed":  # the launcher ends the others
                 self.asked, self.hard, bound = before, True, signals.GRACE
