@@ -152,13 +152,12 @@ class Stop:
             raise Ended(self.asked)  # type: ignore[arg-type]
 
     def _again(self, number: int) -> bool:
-        """Whether this is a second Ctrl-C. torchrun, whose wait it has ended, hands it on as SIGTERM, which it also
-        sends when other ranks have ended, to one that closes W&B: that one is deaf by then.
+        """Whether this is a Ctrl-C after this rank was told. torchrun, whose wait a second one has ended, hands it on
+        as SIGTERM, which it also sends when other ranks have ended, to one that closes W&B: that one is deaf by then.
         """
-        if self.asked is None or self.asked.code != end_by(signal.SIGINT).code:
-            return False
-        term = number == signal.SIGTERM and signal.getsignal(number) == self._handle
-        return (term or number == signal.SIGINT) and time.monotonic() - self.told > AGAIN
+        interrupted = self.asked is not None and self.asked.code == end_by(signal.SIGINT).code
+        handed_on = interrupted and number == signal.SIGTERM and signal.getsignal(number) == self._handle
+        return (handed_on or number == signal.SIGINT) and time.monotonic() - self.told > AGAIN
 
     def _ask(self, end: End) -> None:
         self.told = time.monotonic()
