@@ -4,10 +4,12 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import pytest
 import torch
 from filelock import FileLock
@@ -19,6 +21,7 @@ from train.training.saves import states
 ROOT = Path(__file__).resolve().parent.parent
 DETECT = ROOT / "train" / "detect.py"
 VALIDATE = ROOT / "train" / "validate.py"
+CACHE = pytest.StashKey[tempfile.TemporaryDirectory]()
 TINY = ROOT / "tests" / "fixtures" / "tiny.yaml"  # a model of 40,000 weights
 
 
@@ -47,6 +50,14 @@ def succeed(*args: object, **kwargs: object) -> str:
 def state_of(run: Path) -> dict[str, Any]:
     """The newest saved state of a run."""
     return torch.load(states(run / "weights")[0], weights_only=True)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Indexes of the tests' data go into a folder of this run, that pytest-xdist's workers share."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        os.environ.setdefault("MPLCONFIGDIR", matplotlib.get_cachedir())  # it takes seconds to make
+        config.stash[CACHE] = tempfile.TemporaryDirectory(prefix="index-")
+        os.environ["XDG_CACHE_HOME"] = config.stash[CACHE].name
 
 
 @pytest.fixture(scope="session")
@@ -90,7 +101,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, shapes: Path) -> dict[int, tu
         for ranks in (1, 2, 4):
             home = folder / str(ranks)
             home.mkdir()
-            log = ["--log-interval", 2, "--log-file", home / "here" / "log.txt"]
+            log = ["--log-interval", 2, "--log-file", home / "here" / "log.txt", "--index-dir", home / "index"]
             console = succeed(ranks, DETECT, "--data", shapes, "--model", TINY, *options.split(), *log, cwd=home)
             (home / "console.txt").write_text(console)
 

@@ -34,14 +34,14 @@ from accelerate.state import AcceleratorState
 from ultralytics import YOLO
 
 from tests.conftest import DETECT, ROOT, TINY, VALIDATE
+from tests.labels import to_train_on, to_validate_on
 from train.config.options import TrainConfig
 from train.data.files import find_data
 from train.data.loaders import train_loader, val_loader
-from train.data.scan import scan
 from train.data.sets import TrainSet, ValSet
 from train.data.shapes import draw_shapes
+from train.evaluation.cocofiles import read_truth
 from train.evaluation.evaluate import evaluate
-from train.evaluation.truth import read_truth
 from train.model.build import ModelEMA, build_model
 from train.model.inference import _fp32, detect, inference_copy
 from train.model.loss import build_criterion
@@ -192,7 +192,7 @@ def parts(
         if scale is not None:
             accelerator.scaler = torch.amp.GradScaler(device, init_scale=scale)
         found = find_data(config.data)
-        labels, _ = scan(found.images("train", config.fraction), found.names, config, accelerator)
+        labels = to_train_on(found, config, accelerator)
         detector, _ = build_model(config, config.model, found.names, 3)
         detector = detector.to(accelerator.device, memory_format=config.memory_format)
         ema = ModelEMA(detector)
@@ -422,7 +422,8 @@ def test_t8_memory_does_not_grow(device: str, data: Path):
 
     with parts(device, data, "bf16") as run:
         files = find_data(str(data))
-        labels, truth, _ = read_truth(files.images("val"), files.names, run.config, run.accelerator)
+        labels = to_validate_on(files, run.config, run.accelerator)
+        truth = read_truth(labels, files.names, run.config, run.accelerator)
         loader = val_loader(ValSet(labels, files.names, 3, run.config.imgsz, 32, True), run.config, run.accelerator)
         at = []
         for _ in range(4):

@@ -19,7 +19,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import nn
 
 from train.config.errors import InputError
@@ -27,11 +26,12 @@ from train.config.options import TrainConfig, seconds_of
 from train.config.reading import AUTO
 from train.data.files import find_data
 from train.data.fingerprint import fingerprint
+from train.data.labels import check_usable, train_labels, val_labels
 from train.data.loaders import train_loader, val_loader
-from train.data.scan import check_usable, scan
+from train.data.scan import check_ahead, read_index
 from train.data.sets import TrainSet, ValSet
+from train.evaluation.cocofiles import read_truth
 from train.evaluation.evaluate import Evaluation, evaluate
-from train.evaluation.truth import read_annotations, read_truth
 from train.model.build import (
     ModelEMA,
     build_model,
@@ -70,6 +70,7 @@ def main(config: TrainConfig) -> None:
     check_file(config.log_file, "--log-file")
     if config.time_limit:
         limit(seconds_of(config.time_limit))
+    ahead = check_ahead(config, "train", config.split)  # beside all that comes before the labels
     config = meet(config)
     accelerator, why_precision = start_processes(config.mixed_precision, config.used_trackers, config.seed)
     if config.resume == AUTO:
@@ -99,21 +100,21 @@ def main(config: TrainConfig) -> None:
     check_imgsz(config.imgsz, stride)
     size = size_in_words(model, config.imgsz)
 
-    # Data: each rank reads a share of the labels, then every rank knows all of them.
-    train_files, val_files = data.images("train", config.fraction, repeats=True), data.images(config.split)
-    annotations = read_annotations(config.annotations) if config.annotations else None
-    report.say(f"reading the labels of {len(train_files)} train images and of {config.split}")
+    # Data: an index of all labels, which was kept, or is read now by all ranks together, and mapped by each.
     report.watch.begin("reading labels")
-    train_labels, train_faults = scan(train_files, data.names, config, accelerator, counted=report.reading)
-    val_labels, truth, val_faults = read_truth(val_files, data.names, config, accelerator, annotations, report.reading)
+    index = read_index(data, ("train", config.split), config, accelerator, ahead, report.say, report.reading)
+    train_images = train_labels(index["train"], len(data.names), config, config.fraction)
+    val_images = val_labels(index[config.split], len(data.names), config)
+    on_main(accelerator, lambda: check_usable(data.name, train_images, val_images, config))
+    truth = read_truth(val_images, data.names, config, accelerator)
+    before = saved["images"] if saved else {}
+    images = on_main(
+        accelerator, lambda: fingerprint(train_images, val_images, truth.own_numbers, before, config.resume)
+    )
     report.watch.end()
-    check_usable(data.name, train_labels, val_labels, train_faults + val_faults, config)
-    own_truth, before = truth if annotations else None, saved["images"] if saved else {}
-    images = on_main(accelerator, lambda: fingerprint(train_labels, val_labels, own_truth, before, config.resume))
 
     # The model's moving average (a copy, so it comes before the loss is attached), and the loss.
-    counts = np.bincount(np.concatenate([labels.cls for labels in train_labels]).astype(int), minlength=len(data.names))
-    set_class_weights(model, counts, config.cls_pw)
+    set_class_weights(model, train_images.counts[0], config.cls_pw)
     model = model.to(accelerator.device, memory_format=config.memory_format)
     ema = ModelEMA(model)
     if config.sync_bn and ranks > 1 and accelerator.device.type == "cuda":
@@ -124,8 +125,8 @@ def main(config: TrainConfig) -> None:
     # What Accelerate prepares (loaders within train_loader and val_loader; rates are the schedule's, set in each step),
     # and the state that a killed run goes on from.
     detector = model  # without the wrapping that prepare() adds
-    train_set = TrainSet(train_labels, data.names, data.channels, config, stride)
-    val_set = ValSet(val_labels, data.names, data.channels, config.imgsz, stride, config.rect is not False)
+    train_set = TrainSet(train_images, data.names, data.channels, config, stride)
+    val_set = ValSet(val_images, data.names, data.channels, config.imgsz, stride, config.rect is not False)
     schedule = Schedule(config, len(train_set), len(data.names), saved["picked"] if saved else "")
     model, optimizer = accelerator.prepare(model, build_optimizer(model, schedule))
     model = without_buffer_broadcast(model)
@@ -146,8 +147,8 @@ def main(config: TrainConfig) -> None:
     report.open(folder_here(accelerator, folder, Path(config.project), stays), given)
     weights = folder / "weights"  # the main process's, which alone writes there
     report.start_trackers(config, state)
-    report.faults(train_faults + val_faults)
-    report.banner(why_precision, f"{origin}; {size}", data.name, schedule, train_set, val_labels)
+    report.faults(train_images, val_images)
+    report.banner(why_precision, f"{origin}; {size}", data.name, schedule, train_set, val_images)
     if saved:
         report.going_on_from(state, notes)
 

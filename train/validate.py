@@ -18,6 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from accelerate import Accelerator
 
 from train.config.errors import InputError
@@ -25,12 +26,16 @@ from train.config.options import ValConfig
 from train.config.reading import parse, typed
 from train.config.sources import FROM_CHECKPOINT
 from train.config.words import printable
+from train.data.check import Check
 from train.data.files import find_data
+from train.data.labels import Labels, check_usable, val_labels
+from train.data.listing import DataFiles
 from train.data.loaders import val_loader
-from train.data.scan import check_usable
+from train.data.scan import check_ahead, read_index
 from train.data.sets import ValSet
+from train.evaluation.cocofiles import check_predictions, read_predictions, read_truth
 from train.evaluation.evaluate import evaluate, measure
-from train.evaluation.truth import check_predictions, read_annotations, read_predictions, read_truth
+from train.evaluation.truth import Truth
 from train.model.build import check_imgsz, largest_stride, set_end2end
 from train.model.inference import digest, inference_copy
 from train.model.weights import best_of_run, fetch_weights, load_detector, trained_with
@@ -49,11 +54,12 @@ def main(config: ValConfig) -> None:
     config.check()
     check_folder(Path(config.save_dir or "runs/detect"), "--save-dir")
     check_file(config.log_file, "--log-file")
+    ahead = check_ahead(config, config.split)  # beside all that comes before the labels
     config = meet(config)
     accelerator, precision = start_processes(config.mixed_precision, [])
     report = Report(accelerator, config)
     if config.predictions:
-        measure_file(config, accelerator, report)
+        measure_file(config, accelerator, report, ahead)
         return
     config = resolved(config, accelerator)
     here = Path(best_of_run(config.weights)).is_file()
@@ -74,18 +80,12 @@ def main(config: ValConfig) -> None:
     data = once_per_machine(accelerator, lambda: find_data(config.data, config.single_cls, config.classes))
     if len(model.names) != len(data.names):
         raise InputError(f"{config.weights} knows {len(model.names)} classes, {data.name} names {len(data.names)}.")
-    files = data.images(config.split)
-    annotations = read_annotations(config.annotations) if config.annotations else None
-    report.say(f"reading the labels of {config.split}")
-    report.watch.begin("reading labels")
-    labels, truth, faults = read_truth(files, data.names, config, accelerator, annotations, report.reading)
-    report.watch.end()
-    check_usable(data.name, None, labels, faults, config)
+    labels, truth = split_to_validate(data, config, accelerator, report, ahead)
     val_set = ValSet(labels, data.names, data.channels, config.imgsz, stride, config.rect is not False)
     loader = val_loader(val_set, config, accelerator)
 
     open_folder(report, config, accelerator)
-    report.faults(faults)
+    report.faults(labels)
     if model.names != data.names:
         first = next(i for i in data.names if model.names[i] != data.names[i])
         report.say(f"warning: class {first} is {model.names[first]} in the checkpoint, {data.names[first]} in the data")
@@ -128,19 +128,37 @@ def validated_with(config: ValConfig, given: frozenset[str]) -> dict[str, Any]:
     return kept
 
 
-def measure_file(config: ValConfig, accelerator: Accelerator, report: Report) -> None:
-    """Measure detections that are already there; no model is needed."""
-    rows = read_predictions(config.predictions)
-    truth = annotations = read_annotations(config.annotations) if config.annotations else None
+def split_to_validate(
+    data: DataFiles, config: ValConfig, accelerator: Accelerator, report: Report, ahead: Check | None
+) -> tuple[Labels, Truth]:
+    """The labels and the truth of the split (collective)."""
+    report.watch.begin("reading labels")
+    index = read_index(data, (config.split,), config, accelerator, ahead, report.say, report.reading)
+    labels = val_labels(index[config.split], len(data.names), config)
+    on_main(accelerator, lambda: check_usable(data.name, None, labels, config))
+    truth = read_truth(labels, data.names, config, accelerator)
+    report.watch.end()
+    return labels, truth
+
+
+def measure_file(config: ValConfig, accelerator: Accelerator, report: Report, ahead: Check | None) -> None:
+    """Measure detections that are already there; no model is needed. The main process alone reads them."""
+    rows = np.zeros((0, 7))
+
+    def read() -> int:
+        nonlocal rows
+        rows = read_predictions(config.predictions)
+        return len(rows)
+
+    found = on_main(accelerator, read)
     if config.data:
         data = once_per_machine(accelerator, lambda: find_data(config.data, config.single_cls, config.classes))
-        files = data.images(config.split)
-        labels, truth, faults = read_truth(files, data.names, config, accelerator, annotations, report.reading)
-        check_usable(data.name, None, labels, faults, config)
-    assert truth is not None  # --predictions needs one of the two
-    check_predictions(config.predictions, rows, truth)
+        _, truth = split_to_validate(data, config, accelerator, report, ahead)
+    else:
+        truth = read_truth(None, {}, config, accelerator)
+    on_main(accelerator, lambda: check_predictions(config.predictions, rows, truth))
     open_folder(report, config, accelerator)
-    report.say(f"{len(rows)} detections of {config.predictions}")
+    report.say(f"{found} detections of {config.predictions}")
     report.evaluation(measure(truth, rows, config, accelerator), truth, config)
     report.say(f"{report.taken()}; results in {report.folder}")
     report.close()

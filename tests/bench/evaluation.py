@@ -81,11 +81,13 @@ class Memory:
 def job_metric(evaluator: str) -> dict[str, Any]:
     """From per-rank arrays to twelve numbers."""
     from train.evaluation.coco import coco_metrics
+    from train.evaluation.cocofiles import as_truth
     from train.evaluation.evaluate import _as_rows
 
-    truth, shards = scene()
+    content, shards = scene()
+    truth = as_truth(content)
     categories = np.arange(CLASSES, dtype=np.float64)
-    coco_metrics(truth | {"annotations": []}, np.zeros((0, 7)), evaluator)  # imports
+    coco_metrics(as_truth(content | {"annotations": []}), np.zeros((0, 7)), evaluator)  # imports
     started = time.perf_counter()
     with Memory() as memory:
         metrics, _ = coco_metrics(truth, _as_rows(shards, categories), evaluator)
@@ -97,15 +99,17 @@ def job_gather() -> dict[str, Any] | None:
     import torch
 
     from train.evaluation.coco import coco_metrics
+    from train.evaluation.cocofiles import as_truth
     from train.evaluation.evaluate import _as_rows
     from train.processes.accelerator import start_processes
     from train.processes.collectives import on_main
 
     accelerator, _ = start_processes("no", [])
-    truth, shards = scene()
+    content, shards = scene()
+    truth = as_truth(content)
     shard = shards[accelerator.process_index]
     del shards
-    coco_metrics(truth | {"annotations": []}, np.zeros((0, 7)))  # imports
+    coco_metrics(as_truth(content | {"annotations": []}), np.zeros((0, 7)))  # imports
     seconds = []
     growth = 0
     for _ in range(3):
@@ -168,16 +172,16 @@ def _launch(ranks: int, command: list[str]) -> str:
 def repeated(data: str, images: int, folder: Path) -> str:
     """A data YAML over links to the train images of `data`, repeated under other names until there are so many."""
     import yaml
-    from ultralytics.data.utils import img2label_paths
 
     from train.data.files import find_data
+    from train.data.listing import label_file
 
     found = find_data(data)
     files = found.images("train")
     for kind in ("images", "labels"):
         (folder / kind).mkdir()
     for i in range(images):
-        file, label = Path(files[i % len(files)]), Path(img2label_paths([files[i % len(files)]])[0])
+        file, label = Path(files[i % len(files)]), Path(label_file(files[i % len(files)]))
         (folder / "images" / f"{i:06}{file.suffix}").symlink_to(file)
         if label.exists():
             (folder / "labels" / f"{i:06}.txt").symlink_to(label)

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 from accelerate import Accelerator
 
+from tests.labels import to_validate_on
 from train.config.options import TrainConfig
 from train.data.files import find_data
-from train.data.formats import Labels
-from train.data.scan import scan
+from train.data.labels import Labels
 
 
 @pytest.fixture(scope="module")
@@ -16,8 +16,8 @@ def accelerator() -> Accelerator:
     return Accelerator(cpu=True)
 
 
-def load(yaml: Path, split: str, accelerator: Accelerator) -> tuple[list[Labels], dict[int, str]]:
+def load(yaml: Path, split: str, accelerator: Accelerator) -> tuple[Labels, dict[int, str]]:
     data = find_data(str(yaml))
-    labels, faults = scan(data.images(split), data.names, TrainConfig(), accelerator)
-    assert not faults
+    labels = to_validate_on(data, TrainConfig(split=split), accelerator)
+    assert not labels.faults
     return labels, data.names

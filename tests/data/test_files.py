@@ -3,8 +3,11 @@
 from pathlib import Path
 
 import pytest
+from accelerate import Accelerator
 
+from tests.labels import to_train_on, to_validate_on
 from train.config.errors import InputError
+from train.config.options import EvalConfig, TrainConfig
 from train.data.files import find_data
 
 
@@ -28,8 +31,9 @@ def test_text_lists_and_lists_of_sources(shapes: Path, tmp_path: Path):
     assert data.images("val") == [str(file) for file in some]
     assert len(data.images("train")) == 24
     (tmp_path / "some.txt").write_text("\n".join(map(str, [*some, some[0]])))
-    assert len(data.images("val")) == 3  # validated once, trained on as often as it is listed
-    assert len(data.images("train", repeats=True)) == 25
+    accelerator = Accelerator(cpu=True)
+    assert len(to_validate_on(data, EvalConfig(), accelerator)) == 3
+    assert len(to_train_on(data, TrainConfig(), accelerator)) == 25  # as often as it is listed
 
 
 def test_a_data_set_that_is_not_there_names_the_folders(tmp_path: Path, monkeypatch):
@@ -72,6 +76,6 @@ def test_forms_that_ultralytics_takes(shapes: Path, tmp_path: Path):
     data = find_data(str(tmp_path / "data.yaml"))
     assert data.names == {0: "class_0", 1: "class_1", 2: "class_2"}
     assert len(data.images("train")) == len(data.images("val")) == 40
-    assert len(data.images("train", 0.25)) == 10
-    assert len(data.images("train", 7)) == 7
+    for fraction, images in ((0.25, 10), (7, 7), (1000, 40), (1e-9, 1)):
+        assert len(to_train_on(data, TrainConfig(fraction=fraction), Accelerator(cpu=True))) == images
     assert find_data(str(tmp_path / "data.yaml"), single_cls=True).names == {0: "item"}

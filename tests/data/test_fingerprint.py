@@ -1,35 +1,45 @@
 """A run is not gone on with on a data set that has changed, and one that has only moved has not."""
 
 import copy
+import os
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+from tests.labels import labels_of
 from train.config.errors import InputError
 from train.data.fingerprint import fingerprint
-from train.data.formats import Labels
-from train.evaluation.truth import ground_truth
+from train.data.formats import ImageLabels
+from train.data.labels import Labels
+from train.evaluation.cocofiles import as_truth
+from train.evaluation.truth import Truth
 
 NAMES = {0: "a", 1: "b"}
 
 
-def labels(folder: str, number: int) -> list[Labels]:
+def entries(folder: str, number: int) -> list[ImageLabels]:
     boxes = np.array([[0.5, 0.5, 0.25, 0.25], [0.25, 0.5, 0.125, 0.25]])
-    return [Labels(f"{folder}/{i}.jpg", i, (40, 60), np.array([0.0, 1.0]), boxes, [], 1000 + i) for i in range(number)]
+    classes = np.array([0.0, 1.0])
+    return [ImageLabels(f"{folder}/{i}.jpg", i, (40, 60), classes, boxes, [], 1000 + i) for i in range(number)]
 
 
-def refused(message: str, train: list[Labels], val: list[Labels], truth=None, before=None) -> None:
+def made(some: list[ImageLabels]) -> Labels:
+    return labels_of(some, base=os.path.dirname(some[0].im_file))
+
+
+def refused(message: str, train: list[ImageLabels], val: list[ImageLabels], truth=None, before=None) -> None:
     with pytest.raises(InputError, match=f"--resume run: the data set has changed. {message}"):
-        fingerprint(train, val, truth, before, "run")
+        fingerprint(made(train), made(val), truth, before, "run")
 
 
 def test_what_has_changed_is_named():
-    train, val = labels("/data/images/train", 5), labels("/data/images/val", 3)
-    before = fingerprint(train, val)
-    assert {split: numbers.tolist() for split, numbers in before.items()}.keys() == {"train", "val"}
-    assert fingerprint(labels("/moved/images/train", 5), labels("/moved/images/val", 3), None, before, "run")
+    train, val = entries("/data/images/train", 5), entries("/data/images/val", 3)
+    before = fingerprint(made(train), made(val))
+    assert before.keys() == {"train images", "val images"}
+    moved = made(entries("/moved/images/train", 5)), made(entries("/moved/images/val", 3))
+    assert fingerprint(*moved, None, before, "run")
     other = f"train has 1 images of another name, size or label than when the run began; first {train[3].im_file}. Put"
     for change in ({"size": 7}, {"cls": np.array([1.0, 1.0])}, {"boxes": train[3].boxes + 0.01}, {"shape": (41, 60)}):
         refused(other, [*train[:3], replace(train[3], **change), train[4]], val, before=before)
@@ -37,14 +47,24 @@ def test_what_has_changed_is_named():
         "val has 2 images and had 3 when the run began; first /data/images/val/1.jpg", train, val[:2], before=before
     )
     refused("val has 2 images and had 3 .*; first /data/images/val/2.jpg", train, [val[0], val[2]], before=before)
-    assert not torch.equal(before["val"], fingerprint(train, val[::-1])["val"])
+    assert not torch.equal(before["val images"], fingerprint(made(train), made(val[::-1]))["val images"])
 
 
 def test_a_file_of_annotations_counts():
-    train, val = labels("/data/images/train", 5), labels("/data/images/val", 3)
-    _, truth = ground_truth(val, NAMES)
-    before = fingerprint(train, val, truth)
-    moved = copy.deepcopy(truth)
+    train, val = entries("/data/images/train", 5), entries("/data/images/val", 3)
+    content = Truth.of_labels(made(val), NAMES).dataset()
+    truth = as_truth(content)
+    assert fingerprint(made(train), made(val), Truth.of_labels(made(val), NAMES).own_numbers).keys() == {
+        "train images", "val images"
+    }  # fmt: skip
+    before = fingerprint(made(train), made(val), truth.own_numbers)
+    moved = copy.deepcopy(content)
     moved["annotations"][2]["bbox"][0] += 1
-    assert fingerprint(train, val, copy.deepcopy(truth), before, "run")
-    refused("--annotations has 1 images of another .* first /data/images/val/1.jpg", train, val, moved, before)
+    assert fingerprint(made(train), made(val), as_truth(content).own_numbers, before, "run")
+    now = as_truth(moved).own_numbers
+    refused("--annotations has 1 images of another .* first /data/images/val/1.jpg", train, val, now, before)
+
+
+def test_a_run_that_kept_what_an_older_version_keeps_goes_on():
+    train, val = made(entries("/data/images/train", 5)), made(entries("/data/images/val", 3))
+    assert fingerprint(train, val, None, {"train": torch.zeros(7, dtype=torch.int64)}, "run")

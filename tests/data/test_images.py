@@ -4,6 +4,7 @@ import io
 import os
 import struct
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -13,11 +14,12 @@ from PIL import Image
 from ultralytics.utils.patches import imread
 
 from tests.data.conftest import load
+from tests.labels import labels_of
 from train.config.errors import InputError
 from train.config.options import TrainConfig
 from train.data import formats, sets
 from train.data.files import find_data
-from train.data.formats import Labels, read_image
+from train.data.formats import ImageLabels, read_image
 from train.data.sets import TrainSet
 
 PICTURE = np.random.default_rng(0).integers(0, 255, (48, 64, 3), np.uint8)
@@ -94,12 +96,10 @@ def test_the_scan_says_what_the_loader_will_say(name: str, tmp_path: Path):
     file.write_bytes((REFUSED | TAKEN)[name]())
     found = read_image(str(file), str(tmp_path / "none.txt"), 0, 3)
     assert isinstance(found, str) == (name in REFUSED), found
-    entry = Labels(str(file), 0, PICTURE.shape[:2], np.zeros(0), np.zeros((0, 4)), [])
-    if isinstance(found, Labels):
-        TrainSet([found], {0: "a"}, 3, TrainConfig(imgsz=64)).load_image(0)
+    if isinstance(found, ImageLabels):
+        TrainSet(labels_of([found]), {0: "a"}, 3, TrainConfig(imgsz=64)).load_image(0)
     elif name not in ("html.jpg", "lfs.jpg", "empty.jpg", "headless.jpg"):  # these no decoder takes anyway
         assert str(file) in found
-    assert entry.im_file == str(file)
 
 
 def test_pipes_devices_and_links_in_circles_neither_hang_nor_multiply(tmp_path: Path):
@@ -120,7 +120,7 @@ def test_pipes_devices_and_links_in_circles_neither_hang_nor_multiply(tmp_path: 
     files = find_data(str(tmp_path / "data.yaml")).images("train")
     assert sorted(Path(file).name for file in files) == ["a.jpg", "b.jpg", "device.jpg", "gone.jpg", "pipe.jpg"]
     said = {Path(f).name: read_image(f, str(labels / f"{Path(f).stem}.txt"), 0, 1) for f in files}
-    assert isinstance(said["b.jpg"], Labels)
+    assert isinstance(said["b.jpg"], ImageLabels)
     for name in ("device.jpg", "pipe.jpg"):
         assert "it is no regular file" in said[name]
     assert "No such file" in said["gone.jpg"]
@@ -138,7 +138,7 @@ def test_damaged_jpegs_are_refused_by_the_scan_and_by_the_loader_alike(tmp_path:
             loaded = imread(str(file)) is not None
         except Exception:
             loaded = False
-        scanned = isinstance(read_image(str(file), "", 0, 1), Labels)
+        scanned = isinstance(read_image(str(file), "", 0, 1), ImageLabels)
         assert loaded or not scanned, i
         refused += not scanned
     assert 20 < refused < 380
@@ -164,7 +164,7 @@ def test_an_image_that_breaks_later_is_tried_again_and_then_named(shapes: Path, 
     labels, names = load(shapes, "train", accelerator)
     file = tmp_path / "later.jpg"
     content = Path(labels[0].im_file).read_bytes()
-    labels[0].im_file = str(file)
+    labels = labels_of([replace(labels[0], im_file=str(file))])
     images = TrainSet(labels, names, 3, TrainConfig(imgsz=64))
     slept: list[float] = []
 

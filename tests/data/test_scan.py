@@ -9,12 +9,15 @@ import pytest
 from accelerate import Accelerator
 from ultralytics.cfg import get_cfg
 from ultralytics.data.dataset import YOLODataset
+from ultralytics.data.utils import img2label_paths
 
 from tests.data.conftest import load
+from tests.labels import to_train_on
 from train.config.options import TrainConfig
 from train.data.files import find_data
 from train.data.formats import read_label
-from train.data.scan import image_ids, scan
+from train.data.index import image_ids
+from train.data.listing import DataFiles, label_file
 
 
 @pytest.mark.parametrize(
@@ -56,38 +59,47 @@ def test_duplicates_count_once_and_empty_files_are_background():
     assert (classes.shape, boxes.shape, polygons) == ((0,), (0, 4), [])
 
 
+def data_of(folder: Path, names: str = "[a]") -> DataFiles:
+    (folder.parent / f"{folder.name}.yaml").write_text(f"path: {folder}\ntrain: images\nval: images\nnames: {names}\n")
+    return find_data(str(folder.parent / f"{folder.name}.yaml"))
+
+
 def test_broken_files_are_left_out_with_their_reasons_and_a_read_only_folder_works(tmp_path: Path, accelerator):
-    images, labels = tmp_path / "images", tmp_path / "labels"
-    images.mkdir()
+    images, labels = tmp_path / "set" / "images", tmp_path / "set" / "labels"
+    images.mkdir(parents=True)
     labels.mkdir()
     for name in ("a", "b", "c"):
         cv2.imwrite(str(images / f"{name}.png"), np.full((40, 60, 3), 127, np.uint8))
     (images / "d.jpg").write_bytes(b"not an image")
     (labels / "a.txt").write_text("0 0.5 0.5 0.5 0.5\n")
     (labels / "b.txt").write_text("7 0.5 0.5 0.5 0.5\n")
-    before = sorted(tmp_path.rglob("*"))
-    for folder in (images, labels, tmp_path):
+    before = sorted((tmp_path / "set").rglob("*"))
+    for folder in (images, labels, tmp_path / "set"):
         folder.chmod(0o555)
     try:
-        found, faults = scan(sorted(map(str, images.iterdir())), {0: "a"}, TrainConfig(), accelerator)
+        found = to_train_on(data_of(tmp_path / "set"), TrainConfig(), accelerator)
     finally:
-        for folder in (images, labels, tmp_path):
+        for folder in (images, labels, tmp_path / "set"):
             folder.chmod(0o755)
     assert [Path(entry.im_file).stem for entry in found] == ["a", "c"]
     assert [len(entry.cls) for entry in found] == [1, 0]
     assert found[0].shape == (40, 60)
-    assert "b.txt: line 1 has class 7" in faults[0]
-    assert "d.jpg: not an image of a known format" in faults[1]
-    assert sorted(tmp_path.rglob("*")) == before  # no cache written
+    assert "b.txt: line 1 has class 7; there are the classes 0 to 0" in found.faults[0]
+    assert f"{images}/d.jpg: not an image of a known format" in found.faults[1]
+    assert sorted((tmp_path / "set").rglob("*")) == before  # no cache written
+    more = to_train_on(data_of(tmp_path / "set", "[a, b, c, d, e, f, g, h]"), TrainConfig(), accelerator)
+    assert [Path(entry.im_file).stem for entry in more] == ["a", "b", "c"]  # of the same index
+    assert len(more.faults) == 1
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
 def test_an_image_without_read_permission_is_left_out(tmp_path: Path, accelerator: Accelerator):
-    cv2.imwrite(str(tmp_path / "a.png"), np.zeros((40, 60, 3), np.uint8))
-    (tmp_path / "a.png").chmod(0)
-    found, faults = scan([str(tmp_path / "a.png")], {0: "a"}, TrainConfig(), accelerator)
+    (tmp_path / "set" / "images").mkdir(parents=True)
+    cv2.imwrite(str(tmp_path / "set" / "images" / "a.png"), np.zeros((40, 60, 3), np.uint8))
+    (tmp_path / "set" / "images" / "a.png").chmod(0)
+    found = to_train_on(data_of(tmp_path / "set"), TrainConfig(), accelerator)
     assert not found
-    assert "a.png: not a readable image" in faults[0]
+    assert "a.png: not a readable image" in found.faults[0]
 
 
 def test_image_ids():
@@ -99,11 +111,58 @@ def test_image_ids():
 
 def test_chosen_classes_and_one_class(shapes: Path, accelerator: Accelerator):
     data = find_data(str(shapes))
-    files = data.images("train")
-    everything, _ = scan(files, data.names, TrainConfig(), accelerator)
-    chosen, _ = scan(files, data.names, TrainConfig(classes=(0, 2)), accelerator)
-    one, _ = scan(files, {0: "item"}, TrainConfig(single_cls=True), accelerator)
+    everything = to_train_on(data, TrainConfig(), accelerator)
+    chosen = to_train_on(data, TrainConfig(classes=(0, 2)), accelerator)
+    one = to_train_on(find_data(str(shapes), single_cls=True), TrainConfig(single_cls=True), accelerator)
     total = np.concatenate([entry.cls for entry in everything])
     assert np.concatenate([entry.cls for entry in chosen]).tolist() == total[total != 1].tolist()
     assert sum(len(entry.boxes) for entry in chosen) == (total != 1).sum()
     assert np.concatenate([entry.cls for entry in one]).tolist() == [0] * len(total)
+    for labels in (everything, chosen, one):  # many at a time or one by one
+        place, cls, boxes = labels.boxes(np.arange(len(labels)))
+        assert place.tolist() == [i for i, entry in enumerate(labels) for _ in entry.cls]
+        assert cls.tolist() == [c for entry in labels for c in entry.cls]
+        assert boxes.tolist() == [box for entry in labels for box in entry.boxes.tolist()]
+        by_class, empty = labels.counts
+        assert by_class.tolist() == np.bincount(cls, minlength=len(labels.counts[0])).tolist()
+        assert empty == sum(not len(entry.cls) for entry in labels)
+
+
+def test_polygons_and_keypoints_are_kept(tmp_path: Path, accelerator: Accelerator):
+    for kind, text in (
+        ("polygons", "0 0.1 0.1 0.4 0.1 0.4 0.3\n1 0.5 0.5 0.75 0.5 0.75 0.75 0.5 0.75\n"),
+        ("keypoints", "0 0.5 0.5 0.25 0.25 0.5 0.5 2 0.25 0.75 0\n"),
+    ):
+        folder = tmp_path / kind
+        for part in ("images", "labels"):
+            (folder / part).mkdir(parents=True)
+        for name in ("a", "b"):
+            cv2.imwrite(str(folder / "images" / f"{name}.png"), np.full((40, 60, 3), 127, np.uint8))
+        (folder / "labels" / "b.txt").write_text(text)
+        data = data_of(folder, "[a, b]\nkpt_shape: [2, 3]" if kind == "keypoints" else "[a, b]")
+        empty, entry = to_train_on(data, TrainConfig(), accelerator)
+        classes, boxes, points = read_label(text, 2, data.keypoints)
+        assert (len(empty.cls), empty.segments, empty.keypoints) == (0, [], ())
+        assert (entry.cls.tolist(), entry.boxes.tolist()) == (classes.tolist(), boxes.tolist())
+        kept = entry.keypoints if kind == "keypoints" else entry.segments
+        assert [p.tolist() for p in kept] == [p.tolist() for p in points]
+        assert bool(entry.segments) == (kind == "polygons")
+        only = to_train_on(data, TrainConfig(classes=(1,)), accelerator)[1]
+        assert len(only.cls) == len(only.segments) + len(only.keypoints) == (kind == "polygons")
+
+
+def test_a_key_point_more_or_less_is_named():
+    with pytest.raises(ValueError, match=r"line 1 has 8 columns; a box with its keypoints \(kpt_shape\) has 11"):
+        read_label("0 0.5 0.5 0.2 0.2 0.5 0.5 1", 1, (2, 3))
+
+
+def test_label_files_are_where_ultralytics_looks_for_them():
+    files = [
+        "/a/images/b.jpg",
+        "/images/images/x.y/z.png",
+        "a/images/c.jpeg",
+        "/a/b.c/d.jpg",
+        "images/a.jpg",
+        "/images/a.b",
+    ]
+    assert [label_file(file) for file in files] == img2label_paths(files)

@@ -13,9 +13,10 @@ from ultralytics.cfg import get_cfg
 from ultralytics.data.dataset import YOLODataset
 
 from tests.data.conftest import load
+from tests.labels import labels_of
 from train.config.options import Augmentation, TrainConfig
+from train.data.formats import read_image
 from train.data.loaders import Positions
-from train.data.scan import scan
 from train.data.sets import GROUP, TrainSet, ValSet, augmentation
 
 
@@ -53,7 +54,7 @@ def test_every_image_once_an_epoch_and_another_order_in_each(train_set: TrainSet
 
 def test_a_set_smaller_than_the_batch_is_repeated(shapes: Path, accelerator: Accelerator):
     labels, names = load(shapes, "train", accelerator)
-    small = TrainSet(labels[:3], names, 3, TrainConfig(imgsz=64, batch=8))
+    small = TrainSet(labels_of(labels[:3]), names, 3, TrainConfig(imgsz=64, batch=8))
     order = small.order(0)
     assert len(order) == 8
     assert set(order.tolist()) == {0, 1, 2}
@@ -119,7 +120,7 @@ def test_images_of_a_user_are_not_touched(shapes: Path, tmp_path: Path, accelera
     source = next(shapes.parent.glob("images/train/*.jpg"))
     (tmp_path / "a.jpg").write_bytes(source.read_bytes())
     (tmp_path / "a.npy").write_bytes(b"not for Ultralytics to load, rewrite or remove")
-    labels, _ = scan([str(tmp_path / "a.jpg")], {0: "a"}, TrainConfig(), accelerator)
+    labels = labels_of([read_image(str(tmp_path / "a.jpg"), str(tmp_path / "a.txt"), 0, 1)])
     TrainSet(labels, {0: "a"}, 3, TrainConfig(imgsz=64, batch=1))[(0, 0, False)]
     assert (tmp_path / "a.npy").read_bytes().startswith(b"not for Ultralytics")
 

@@ -12,9 +12,9 @@ from accelerate import Accelerator
 from ultralytics.cfg import get_cfg
 from ultralytics.data.dataset import YOLODataset
 
+from tests.labels import to_train_on
 from train.config.options import TrainConfig
 from train.data.files import find_data
-from train.data.scan import scan
 from train.data.sets import TrainSet
 from train.data.shapes import draw_shapes
 
@@ -52,7 +52,7 @@ def statistics(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, 
     drawn = draw_shapes(tmp_path_factory.mktemp("many"), {"train": 128, "val": 1})
     data = find_data(os.environ.get("AUGMENTATION_DATA", str(drawn)))
     config = TrainConfig(imgsz=160, epochs=10_000)
-    labels, _ = scan(data.images("train"), data.names, config, Accelerator(cpu=True))
+    labels = to_train_on(data, config, Accelerator(cpu=True))
     n = len(labels)
     keys = [(i // n, i % n, False) for i in range(2 * SAMPLES)]
     ours = TrainSet(labels, data.names, 3, config)
@@ -63,7 +63,7 @@ def statistics(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, 
             return [entry.im_file for entry in labels]
 
         def get_labels(self):
-            return ours.get_labels()
+            return [ours.labels[i] for i in range(n)]
 
     theirs = Theirs([], data={"names": data.names}, imgsz=160, augment=True, hyp=get_cfg(), batch_size=16)
     random.seed(0)

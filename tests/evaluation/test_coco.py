@@ -10,14 +10,16 @@ import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from train.data.formats import Labels
+from tests.labels import labels_of
+from train.data.formats import ImageLabels
 from train.evaluation.coco import coco_metrics, diagnose, metric_names
+from train.evaluation.cocofiles import as_truth
 from train.evaluation.evaluate import _check_ids, _mean_losses
-from train.evaluation.truth import ground_truth
+from train.evaluation.truth import Truth
 from train.reporting.plots import worst_first
 
 
-def scene(images: int, classes: int, seed: int = 0) -> tuple[dict, np.ndarray]:
+def scene(images: int, classes: int, seed: int = 0) -> tuple[Truth, np.ndarray]:
     """Truth and detections that hit, miss, repeat and tie."""
     rng = np.random.default_rng(seed)
     labels, rows = [], []
@@ -25,7 +27,7 @@ def scene(images: int, classes: int, seed: int = 0) -> tuple[dict, np.ndarray]:
         n = int(rng.integers(0, 8))
         boxes = np.concatenate([rng.uniform(0.2, 0.8, (n, 2)), rng.uniform(0.02, 0.4, (n, 2))], 1)
         classes_here = rng.integers(0, classes, n).astype(float)
-        labels.append(Labels(f"{image}.jpg", 3 * image, (480, 640), classes_here, boxes, []))
+        labels.append(ImageLabels(f"{image}.jpg", 3 * image, (480, 640), classes_here, boxes, []))
         for c, (x, y, w, h) in zip(classes_here, boxes * (640, 480, 640, 480), strict=True):
             for _ in range(int(rng.integers(0, 3))):
                 jitter = rng.normal(0, 0.08, 4) * (w, h, w, h)
@@ -33,8 +35,13 @@ def scene(images: int, classes: int, seed: int = 0) -> tuple[dict, np.ndarray]:
                 rows.append([3 * image, *np.abs(box), round(rng.random(), 1), c])  # scores of one decimal: many ties
         for _ in range(int(rng.integers(0, 4))):
             rows.append([3 * image, *rng.uniform(1, 200, 4), round(rng.random(), 1), int(rng.integers(0, classes))])
-    _, truth = ground_truth(labels, {i: f"c{i}" for i in range(classes)})
+    truth = Truth.of_labels(labels_of(labels), {i: f"c{i}" for i in range(classes)})
     return truth, np.array(rows, dtype=np.float64)
+
+
+def one_box_each(images: int) -> list[ImageLabels]:
+    box = np.array([[0.5, 0.5, 0.4, 0.4]])
+    return [ImageLabels(f"{i}.jpg", i, (100, 100), np.zeros(1), box, []) for i in range(images)]
 
 
 def same(ours: tuple, reference: tuple) -> None:
@@ -49,9 +56,11 @@ def same(ours: tuple, reference: tuple) -> None:
 def test_hotcoco_and_pycocotools_agree_bit_for_bit(seed: int):
     truth, rows = scene(60, 4, seed)
     rng = np.random.default_rng(seed)
-    for annotation in truth["annotations"]:  # as a COCO file has them
+    content = truth.dataset()
+    for annotation in content["annotations"]:  # as a COCO file has them
         annotation["iscrowd"] = int(rng.random() < 0.1)
         annotation["area"] *= float(rng.uniform(0.4, 1))
+    truth = as_truth(content)
     ours = coco_metrics(truth, rows, "hotcoco")
     assert 0.05 < ours[0]["AP"] < 0.9
     same(ours, coco_metrics(truth, rows, "pycocotools"))
@@ -61,7 +70,7 @@ def test_hotcoco_and_pycocotools_agree_bit_for_bit(seed: int):
 def test_the_twelve_numbers_are_the_evaluators_own():
     truth, rows = scene(60, 4)
     coco = COCO()
-    coco.dataset = truth
+    coco.dataset = truth.dataset()
     coco.createIndex()
     result = COCOeval(coco, coco.loadRes(rows), "bbox")
     result.evaluate()
@@ -81,9 +90,9 @@ def test_other_numbers_of_detections():
 
 def test_no_detections_no_truth_and_a_class_that_never_occurs():
     truth, rows = scene(10, 2)
-    truth["categories"].append({"id": 2, "name": "never"})
+    truth.categories.append({"id": 2, "name": "never"})
     nothing = np.zeros((0, 7))
-    empty = truth | {"annotations": []}
+    empty = as_truth(truth.dataset() | {"annotations": []})
     for evaluator in ("hotcoco", "pycocotools"):
         missed, _ = coco_metrics(truth, nothing, evaluator)
         assert (missed["AP"], missed["P"], missed["R"], missed["F1"]) == (0, 0, 0, 0)
@@ -105,8 +114,8 @@ def test_the_mean_over_classes_is_the_ap():
 
 def test_precision_recall_and_f1_at_the_best_confidence():
     """By hand: one class, ten boxes, eight found at falling confidence with two false ones between them."""
-    labels = [Labels(f"{i}.jpg", i, (100, 100), np.zeros(1), np.array([[0.5, 0.5, 0.4, 0.4]]), []) for i in range(10)]
-    _, truth = ground_truth(labels, {0: "a"})
+    labels = one_box_each(10)
+    truth = Truth.of_labels(labels_of(labels), {0: "a"})
     rows = [[i, 30, 30, 40, 40, 0.9 - 0.05 * i, 0] for i in range(8)]
     rows += [[8, 0, 0, 5, 5, 0.72, 0], [9, 0, 0, 5, 5, 0.1, 0]]
     metrics, curves = coco_metrics(truth, np.array(rows, dtype=float))
@@ -120,15 +129,15 @@ def test_precision_recall_and_f1_at_the_best_confidence():
 
 
 def test_what_goes_wrong_is_told_by_kind_and_image():
-    labels = [Labels(f"{i}.jpg", i, (100, 100), np.zeros(1), np.array([[0.5, 0.5, 0.4, 0.4]]), []) for i in range(3)]
-    _, truth = ground_truth(labels, {0: "a", 1: "b"})
+    labels = one_box_each(3)
+    truth = Truth.of_labels(labels_of(labels), {0: "a", 1: "b"})
     rows = np.array([[0, 30, 30, 40, 40, 0.9, 0], [1, 30, 30, 40, 40, 0.8, 1], [2, 0, 0, 9, 9, 0.7, 0]], dtype=float)
     diagnosis = diagnose(truth, rows)
     assert diagnosis["confusion"].tolist() == [[1, 1, 1], [0, 0, 0], [1, 0, 0]]
     assert [diagnosis["images"][i]["tp"] for i in range(3)] == [1, 0, 0]
     assert diagnosis["tide"]["Cls"] > 0
     assert diagnosis["tide"]["Dupe"] == 0
-    assert [image["id"] for image, _ in worst_first(truth, diagnosis)][-1] == 0
+    assert [place for place, _ in worst_first(truth, diagnosis)][-1] == 0
 
 
 def test_the_same_loss_however_the_batches_are_dealt():
@@ -148,12 +157,13 @@ def test_missing_and_repeated_images_are_an_error_with_their_ids():
 
 def test_pycocotools_is_a_path_of_its_own(tmp_path: Path):
     truth, rows = scene(8, 2)
-    (tmp_path / "truth.json").write_text(json.dumps(truth))
+    (tmp_path / "truth.json").write_text(json.dumps(truth.dataset()))
     np.save(tmp_path / "rows.npy", rows)
     code = (
         "import sys; sys.modules['hotcoco'] = None\n"
         "import json, numpy\nfrom train.evaluation.coco import coco_metrics\n"
-        f"truth = json.load(open({str(tmp_path / 'truth.json')!r}))\n"
+        "from train.evaluation.cocofiles import read_annotations\n"
+        f"truth = read_annotations({str(tmp_path / 'truth.json')!r})\n"
         f"rows = numpy.load({str(tmp_path / 'rows.npy')!r})\n"
         "print(coco_metrics(truth, rows, 'pycocotools')[0]['AP'])\n"
         "try: coco_metrics(truth, rows)\nexcept ValueError as error: print(error)"

@@ -14,13 +14,14 @@ from torchvision.ops import box_iou
 from ultralytics.models.yolo.detect import DetectionValidator
 
 from tests.conftest import ROOT, succeed
+from tests.labels import to_validate_on
 from train.config.options import ValConfig
 from train.data.files import find_data
 from train.data.loaders import val_loader
 from train.data.sets import ValSet
 from train.evaluation.coco import METRICS
+from train.evaluation.cocofiles import read_truth
 from train.evaluation.evaluate import Evaluation, evaluate
-from train.evaluation.truth import read_truth
 from train.model.inference import inference_copy
 from train.model.weights import load_detector
 from train.processes.accelerator import resolved
@@ -206,7 +207,8 @@ def evaluated(weights: Path, data: str, **options) -> Evaluation:
     config = resolved(ValConfig(weights=str(weights), data=data, imgsz=160, workers=0, **options), accelerator)
     model, _ = load_detector(config.weights)
     files = find_data(config.data)
-    labels, truth, _ = read_truth(files.images(config.split), files.names, config, accelerator)
+    labels = to_validate_on(files, config, accelerator)
+    truth = read_truth(labels, files.names, config, accelerator)
     val_set = ValSet(labels, files.names, 3, config.imgsz, 32, config.rect is not False)
     loader = val_loader(val_set, config, accelerator)
     return evaluate(inference_copy(model, accelerator.device, config.memory_format), loader, truth, config, accelerator)

@@ -5,13 +5,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from accelerate import Accelerator
 
 from tests.evaluation.test_coco import scene
+from tests.labels import labels_of
 from train.config.errors import InputError
 from train.config.options import EvalConfig
-from train.data.formats import Labels
+from train.data.formats import ImageLabels
 from train.evaluation.coco import coco_metrics
-from train.evaluation.truth import check_predictions, ground_truth, read_annotations, read_predictions
+from train.evaluation.cocofiles import check_predictions, read_predictions, read_truth
+from train.evaluation.truth import Truth
 
 
 def test_a_results_file_is_read_and_checked(tmp_path: Path):
@@ -39,8 +42,8 @@ def test_a_results_file_is_read_and_checked(tmp_path: Path):
 
 
 def test_ground_truth_is_in_original_pixels():
-    labels = [Labels("7.jpg", 7, (100, 200), np.array([1.0]), np.array([[0.5, 0.5, 0.2, 0.4]]), [])]
-    _, truth = ground_truth(labels, {0: "a", 1: "b"})
+    labels = [ImageLabels("7.jpg", 7, (100, 200), np.array([1.0]), np.array([[0.5, 0.5, 0.2, 0.4]]), [])]
+    truth = Truth.of_labels(labels_of(labels), {0: "a", 1: "b"}).dataset()
     (annotation,) = truth["annotations"]
     assert annotation["bbox"] == pytest.approx([80, 30, 40, 40])
     assert annotation["area"] == pytest.approx(1600)
@@ -50,20 +53,21 @@ def test_ground_truth_is_in_original_pixels():
 
 def test_an_annotation_file_is_checked_and_matched_by_folder(tmp_path: Path):
     config = EvalConfig(annotations=str(tmp_path / "truth.json"))
-    labels = [Labels(f"/data/cam{i}/1.jpg", i, (100, 100), np.zeros(1), np.zeros((1, 4)), []) for i in (1, 2)]
+    entries = [ImageLabels(f"/data/cam{i}/1.jpg", i, (100, 100), np.zeros(1), np.zeros((1, 4)), []) for i in (1, 2)]
+    labels = labels_of(entries)
     content: dict = {
         "images": [{"id": 10 + i, "file_name": f"cam{i}/1.jpg", "width": 100, "height": 100} for i in (1, 2)],
         "annotations": [{"image_id": 12, "category_id": 5, "bbox": [1, 2, 30, 40]}],
         "categories": [{"id": 5, "name": "a"}],
     }
 
-    def read(**changes: list) -> tuple[list[Labels], dict]:
+    def read(**changes: list) -> Truth:
         Path(config.annotations).write_text(json.dumps(content | changes))
-        return ground_truth(labels, {0: "a"}, config, read_annotations(config.annotations))
+        return read_truth(labels, {0: "a"}, config, Accelerator(cpu=True))
 
-    found, truth = read()
-    assert [entry.image_id for entry in found] == [11, 12]
-    assert [(a["image_id"], a["area"], a["iscrowd"]) for a in truth["annotations"]] == [(12, 1200, 0)]
+    truth = read()
+    assert [entry.image_id for entry in labels] == [11, 12]
+    assert [(a["image_id"], a["area"], a["iscrowd"]) for a in truth.annotations()] == [(12, 1200, 0)]
     same = [image | {"file_name": "1.jpg"} for image in content["images"]]
     broken = content["annotations"][0]
     for changes, message in (

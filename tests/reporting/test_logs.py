@@ -125,7 +125,7 @@ def on_a_terminal(options: list[object], cwd: Path, script: Path = DETECT, **env
 
 
 def test_a_terminal_gets_one_live_bar_and_finished_lines_above(shapes: Path, tmp_path: Path):
-    options = ["--data", shapes, *QUICK, "--log-interval", 1, "--sync-bn", "--no-plots"]
+    options = ["--data", shapes, *QUICK, "--log-interval", 1, "--sync-bn", "--no-plots", "--index-dir", "index"]
     said = on_a_terminal(options, tmp_path)
     bars = [part for part in re.split(r"[\r\n]", said) if "epoch 1/2:" in part and "step" in part]
     assert len(bars) >= 5

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 from accelerate import Accelerator
 
+from tests.labels import labels_of
 from train.config.errors import InputError
 from train.config.options import TrainConfig
-from train.data.formats import Labels
+from train.data.formats import ImageLabels
+from train.evaluation.cocofiles import as_truth
 from train.evaluation.evaluate import Evaluation, measure
 from train.processes.cores import Usage, shared_cores
 from train.reporting import lines
@@ -58,11 +60,11 @@ def test_results_are_on_disk_before_they_are_printed(report: Report, monkeypatch
         report.evaluation(measured(), TRUTH, TrainConfig(plots=False))
 
 
-TRUTH = {
+TRUTH = as_truth({
     "images": [{"id": 1, "file_name": "a.jpg", "width": 64, "height": 64}],
     "annotations": [{"id": 1, "image_id": 1, "category_id": 0, "bbox": [1, 1, 20, 20], "area": 400, "iscrowd": 0}],
     "categories": [{"id": 0, "name": "dog"}, {"id": 1, "name": "cat"}],
-}
+})  # fmt: skip
 
 
 def measured(rows: list[list[float]] | None = None) -> Evaluation:
@@ -104,8 +106,8 @@ def test_tide_is_left_out_where_nothing_is_found(report: Report, capsys):
 
 
 def test_images_without_a_box_are_counted():
-    labels = [Labels("a", i, (1, 1), np.zeros(n), np.zeros((n, 4)), []) for i, n in enumerate((2, 0, 0))]
-    assert lines.data_line("d", labels, labels[:1]) == (
+    entries = [ImageLabels("a", i, (1, 1), np.zeros(n), np.zeros((n, 4)), []) for i, n in enumerate((2, 0, 0))]
+    assert lines.data_line("d", labels_of(entries), labels_of(entries[:1])) == (
         "data       d: 3 images with 2 boxes to train on (2 without a box), "
         "1 images with 2 boxes to validate on (0 without a box)"
     )

@@ -12,10 +12,10 @@ from accelerate import Accelerator
 from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.utils.torch_utils import unset_deterministic
 
+from tests.labels import to_train_on
 from tests.training.test_parity import furthest
 from train.config.options import TrainConfig
 from train.data.files import find_data
-from train.data.scan import scan
 from train.data.sets import TrainSet
 from train.model.build import ModelEMA, build_model
 from train.model.loss import build_criterion, end_of_epoch
@@ -104,7 +104,7 @@ def test_weights_and_average_are_those_of_ultralytics_trainer(model: str, optimi
     )
     accelerator = Accelerator(cpu=True)
     data = find_data(config.data)
-    labels, _ = scan(data.images("train", config.fraction), data.names, config, accelerator)
+    labels = to_train_on(data, config, accelerator)
     dataset = TrainSet(labels, data.names, 3, config)
     epochs = [
         [dataset.collate_fn(dataset.__getitems__([(e, 4 * i + p, False) for p in range(4)])) for i in range(BATCHES)]

@@ -16,10 +16,12 @@ from ultralytics.cfg import get_cfg
 
 from train.config.options import ValConfig
 from train.data.files import find_data
+from train.data.labels import val_labels
 from train.data.loaders import val_loader
+from train.data.scan import read_index
 from train.data.sets import ValSet
+from train.evaluation.cocofiles import read_truth
 from train.evaluation.evaluate import evaluate
-from train.evaluation.truth import read_annotations, read_truth
 from train.model.inference import inference_copy
 from train.model.weights import load_detector
 from train.processes.accelerator import resolved, start_processes
@@ -34,8 +36,9 @@ for name, options in cases:
     config = resolved(ValConfig(weights=weights, workers=0, imgsz=160, **options), accelerator)
     config = replace(config, mixed_precision=options.get("mixed_precision", "no"))
     data = find_data(config.data)
-    annotations = read_annotations(config.annotations) if config.annotations else None
-    labels, truth, _ = read_truth(data.images(config.split), data.names, config, accelerator, annotations)
+    index = read_index(data, (config.split,), config, accelerator)[config.split]
+    labels = val_labels(index, len(data.names), config)
+    truth = read_truth(labels, data.names, config, accelerator)
     val_set = ValSet(labels, data.names, 3, config.imgsz, 32, config.rect is not False)
     loader = list(val_loader(val_set, config, accelerator))
     batches.append([name, *gather_object([len(loader)])])
@@ -65,7 +68,7 @@ for name, options in cases:
         counts = {"images": result.images, "boxes": result.boxes, "per_class": result.per_class}
         stages = {stage: list(seconds) for stage, seconds in result.seconds.items()}
         (folder / f"{name}.json").write_text(json.dumps(counts | {"metrics": result.metrics, "seconds": stages}))
-        (folder / f"{name}.truth.json").write_text(json.dumps(truth))
+        (folder / f"{name}.truth.json").write_text(json.dumps(truth.dataset()))
 if accelerator.is_main_process:
     (folder / "batches.json").write_text(json.dumps(batches))
 if torch.distributed.is_initialized():

@@ -21,8 +21,9 @@ from torch import nn
 
 from train.config.options import TrainConfig
 from train.data.files import find_data
+from train.data.labels import train_labels
 from train.data.loaders import train_loader
-from train.data.scan import scan
+from train.data.scan import read_index
 from train.data.sets import TrainSet
 from train.model.build import ModelEMA, build_model
 from train.model.loss import build_criterion
@@ -54,7 +55,8 @@ def main(accelerator: Accelerator, data_yaml: str, mode: str, out: Path, left: s
     )  # fmt: skip
     set_seed(1)
     data = find_data(config.data)
-    labels, _ = scan(data.images("train"), data.names, config, accelerator)
+    index = read_index(data, ("train",), config, accelerator)["train"]
+    labels = train_labels(index, len(data.names), config)
     if mode == "sync":  # one step: with BatchNorm over 64 px, bits become 0.02 of a running variance in six
         labels = labels[:16]
     model, _ = build_model(config, config.model, data.names, 3)

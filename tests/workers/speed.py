@@ -16,12 +16,13 @@ import torch
 import yaml
 
 from tests.conftest import DETECT
+from tests.labels import to_validate_on
 from tests.test_cuda import Parts, parts
 from train.data.files import find_data
 from train.data.loaders import as_images, val_loader
 from train.data.sets import ValSet
 from train.evaluation import evaluate as evaluation
-from train.evaluation.truth import read_truth
+from train.evaluation.cocofiles import read_truth
 from train.model.inference import inference_copy
 
 
@@ -126,7 +127,8 @@ def switches(data: Path, given: argparse.Namespace, number: int) -> None:
             say(f"steps, cudnn.benchmark {on}", number * given.batch, steps(run, number))
         torch.backends.cudnn.benchmark = False
         files = find_data(str(data))
-        labels, truth, _ = read_truth(files.images("val"), files.names, run.config, run.accelerator)
+        labels = to_validate_on(files, run.config, run.accelerator)
+        truth = read_truth(labels, files.names, run.config, run.accelerator)
         val_set = ValSet(labels, files.names, 3, given.imgsz, 32, True)
         loader = val_loader(val_set, run.config, run.accelerator)
         copied = inference_copy(run.state.ema.ema, run.accelerator.device, run.config.memory_format, losses=True)

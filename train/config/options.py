@@ -29,6 +29,10 @@ class Data:
     """Take all classes for one."""
     workers: int = 8
     """Data-loading processes of each rank (never more than its share of the cores); 0 loads in the rank itself."""
+    index_dir: str = ""
+    """Folder that keeps what has been read of data sets; unset takes the user's cache, never the data's own folder."""
+    index_check: Literal["stat", "list", "off"] = "stat"
+    """Before a kept index is used: compare names, sizes and times; names alone; or nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,6 +21,7 @@ class DataYaml:
     splits: dict[str, str | list[str]]  # train, val, test, as they are given
     names: dict[int, str]
     channels: int
+    keypoints: tuple[int, ...] = ()  # kpt_shape: number and dimensions, where the labels have keypoints
 
 
 def read_data_yaml(file: Path) -> DataYaml:
@@ -62,7 +63,14 @@ def read_data_yaml(file: Path) -> DataYaml:
         raise InputError(f"{file} has no `names`; a data YAML lists train, val and the class names.")
     if classes is not None and classes != len(names):
         raise InputError(f"{file} says nc: {classes} but names {len(names)} classes.")
-    return DataYaml(path, splits, names, content.get("channels") or 3)
+    keypoints = content.get("kpt_shape") or ()
+    if keypoints and not (_is_list_of_counts(keypoints) and len(keypoints) == 2 and keypoints[1] in (2, 3)):
+        raise InputError(f"{file} says kpt_shape: {shown(keypoints)}; it must be the number of keypoints and 2 or 3.")
+    return DataYaml(path, splits, names, content.get("channels") or 3, tuple(keypoints))
+
+
+def _is_list_of_counts(value: Any) -> bool:
+    return isinstance(value, list) and all(type(entry) is int and 0 < entry <= CLASSES for entry in value)
 
 
 def _is_list_of_text(value: Any) -> bool:

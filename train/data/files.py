@@ -1,9 +1,7 @@
-"""Where the images of a data set are. Files are read; nothing in them is executed and nothing is downloaded."""
+"""Which data set is meant, and where it is. Files are read; nothing in them is executed and nothing is downloaded."""
 
 import json
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,95 +10,8 @@ from ultralytics.utils import ROOT
 
 from train.config.errors import InputError
 from train.data.data_yaml import read_data_yaml
+from train.data.listing import DataFiles, as_list, located
 from train.data.shapes import draw_shapes
-
-
-@dataclass(frozen=True)
-class DataFiles:
-    """A data YAML, resolved: the images of each split it names, sorted, and the class names."""
-
-    name: str
-    root: Path
-    names: dict[int, str]
-    channels: int
-    splits: dict[str, Any]  # train, val, test as the YAML gives them
-
-    def images(self, split: str, fraction: float = 1.0, repeats: bool = False) -> list[str]:
-        """Sorted image paths of a split, or the first of them: a share, or a number where `fraction` is above 1.
-
-        With `repeats` an image that is listed twice counts twice, as people oversample rare classes for training.
-
-        Raises:
-            InputError: the YAML does not name the split, or what it names is not there or holds no image.
-        """
-        entries = self.splits.get(split)
-        if not entries:
-            raise InputError(f"{self.name} names no `{split}` images; add a line `{split}: folder-or-list.txt`.")
-        files: list[str] = []
-        for entry in _as_list(entries):
-            path = _located(self.root, entry)
-            if os.path.isdir(path):  # unlike pathlib's, these take any string
-                files += _files_below(str(path))
-            elif os.path.isfile(path):
-                if path.suffix[1:].lower() in IMG_FORMATS:
-                    raise InputError(f"{self.name} says `{split}: {entry}`, an image; name its folder, or a .txt list.")
-                try:
-                    lines = path.read_text(encoding="utf-8-sig", errors="surrogateescape").split("\n")
-                except OSError as error:
-                    raise InputError(
-                        f"{self.name} says `{split}: {entry}`, but {path} cannot be read: {error.strerror}."
-                    ) from None
-                files += (_listed(line.strip(), path.parent, self.root) for line in lines if line.strip())
-            else:
-                hint = " Paths are written with / on this system." if "\\" in entry else ""
-                raise InputError(f"{self.name} says `{split}: {entry[:200]}`, but there is no {str(path)[:300]}.{hint}")
-        others, files = files, [file for file in files if file.rpartition(".")[2].lower() in IMG_FORMATS]
-        files = sorted(files if repeats else set(files))
-        if not files:
-            places = ", ".join(str(self.root / e) for e in _as_list(entries))
-            there = f" There are {len(others)} other files, first {others[0][:200]}." if others else ""
-            raise InputError(f"{self.name}: no images in {places} ({', '.join(sorted(IMG_FORMATS))}).{there}")
-        return files[: max(1, round(fraction * len(files)))] if fraction <= 1 else files[: round(fraction)]
-
-
-def _files_below(folder: str) -> Iterator[str]:
-    """Files with an ending in a folder and below it, but no hidden ones.
-
-    Links are followed, and each folder counts once, so that links in a circle end.
-    """
-    seen: set[tuple[int, int]] = set()
-    waiting = [folder]
-    while waiting:  # links after all real folders, by whose paths labels are found
-        for place, folders, files in os.walk(waiting.pop(0)):
-            here = os.stat(place)
-            if (here.st_dev, here.st_ino) in seen:
-                folders.clear()
-                continue
-            seen.add((here.st_dev, here.st_ino))
-            folders[:] = sorted(name for name in folders if name[0] != ".")
-            waiting += (path for name in folders if os.path.islink(path := os.path.join(place, name)))
-            yield from (os.path.join(place, name) for name in files if name[0] != "." and "." in name)
-
-
-def _located(root: Path, entry: str) -> Path:
-    """The path of a split's entry; like Ultralytics, without a leading ../ where only that is there."""
-    path = root / entry
-    if entry.startswith("../") and not os.path.exists(path) and os.path.exists(root / entry[3:]):
-        return root / entry[3:]
-    return path
-
-
-def _as_list(entries: Any) -> list:
-    return entries if isinstance(entries, list) else [entries]
-
-
-def _listed(line: str, beside: Path, root: Path) -> str:
-    """A line of a .txt list: `./` is the list's folder; else absolute, from the working directory or from the root."""
-    if line.startswith("./"):
-        return str(beside / line[2:])
-    if os.path.isabs(line) or os.path.exists(line) or not os.path.exists(root / line):
-        return line
-    return str(root / line)
 
 
 def find_data(data: str, single_cls: bool = False, classes: tuple[int, ...] | None = None) -> DataFiles:
@@ -142,7 +53,8 @@ def find_data(data: str, single_cls: bool = False, classes: tuple[int, ...] | No
         raise InputError(f"--classes names {lacking[0]}, but {path} has the classes 0 to {len(given.names) - 1}.")
     root = _root(path, given.path, given.splits)
     names = {0: "item"} if single_cls else given.names
-    return DataFiles(str(path.absolute()), root, names, given.channels, given.splits)
+    endings = tuple(sorted(IMG_FORMATS))
+    return DataFiles(str(path.absolute()), root, names, given.channels, given.splits, endings, given.keypoints)
 
 
 def _root(path: Path, named: str | None, splits: dict[str, Any]) -> Path:
@@ -151,9 +63,7 @@ def _root(path: Path, named: str | None, splits: dict[str, Any]) -> Path:
     folders = [path.parent, Path.cwd(), Path.cwd() / "datasets", *_ultralytics_datasets()]
     candidates = [base] if base.is_absolute() else [(folder / base).resolve() for folder in folders]
     for candidate in candidates:
-        if any(
-            os.path.exists(_located(candidate, entry)) for entries in splits.values() for entry in _as_list(entries)
-        ):
+        if any(os.path.exists(located(candidate, entry)) for entries in splits.values() for entry in as_list(entries)):
             return candidate
     looked = ", ".join(str(candidate) for candidate in dict.fromkeys(candidates))
     raise InputError(

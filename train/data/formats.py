@@ -1,11 +1,13 @@
 """What one image's label file says, or why the image cannot be used."""
 
+import io
 import math
 import os
 import stat
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import BinaryIO
 
-import cv2
 import numpy as np
 from PIL import Image
 from ultralytics.data.utils import exif_size
@@ -13,10 +15,12 @@ from ultralytics.utils.ops import segments2boxes
 from ultralytics.utils.patches import imread
 
 LARGEST = 50_000_000  # bytes of a label file
+HEAD, TAIL, END = 65536, 4096, b"\xff\xd9"  # bytes of a JPEG in which its header, and its end, are looked for
+EMPTY = np.zeros(0), np.zeros((0, 4))
 
 
 @dataclass
-class Labels:
+class ImageLabels:
     """One image's ground truth as its label file gives it."""
 
     im_file: str
@@ -26,63 +30,92 @@ class Labels:
     boxes: np.ndarray  # (n, 4) float64 xywh: centre and size, normalised to the image
     segments: list[np.ndarray]  # (k, 2) polygons, normalised; empty where the file holds boxes
     size: int = 0  # bytes of the image
+    keypoints: tuple[np.ndarray, ...] = ()  # (number, 2 or 3) of each box, as the file gives them; empty without
 
 
-def read_label(text: str, classes: int) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
-    """Parse a YOLO label file: rows of `class x y w h`, or of `class x1 y1 x2 y2 x3 y3 …`.
+def read_label(
+    text: str, classes: int, keypoints: tuple[int, ...] = ()
+) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
+    """Parse a YOLO label file: rows of `class x y w h`, of `class x1 y1 x2 y2 x3 y3 …`, or of a box and its keypoints.
 
-    Returns classes (n,), boxes (n, 4) float64 xywh normalised, and polygons. Ultralytics' rules are followed: values
-    may leave 0 to 1 by 0.01, duplicate rows count once.
+    Returns classes (n,), boxes (n, 4) float64 xywh normalised, and polygons (k, 2), or keypoints where there are such.
+    Ultralytics' rules are followed: values may leave 0 to 1 by 0.01, duplicate rows count once.
+
+    Args:
+        text: of the file.
+        classes: number of classes.
+        keypoints: number and dimensions of an object's keypoints; without, long rows are polygons.
 
     Raises:
         ValueError: what is wrong, with the line number.
     """
-    rows, seen = [], set()
+    rows: dict[tuple[float, ...], None] = {}
+    width = 5 + math.prod(keypoints) if keypoints else 0
     for number, line in enumerate(text.splitlines(), 1):
         if not (fields := line.split()):
             continue
         try:
-            row = [float(field) for field in fields]
+            row = tuple(map(float, fields))
         except ValueError:
             raise ValueError(f"line {number} is not numbers: {line[:60]!r}") from None
-        if len(row) < 5 or (len(row) > 5 and (len(row) < 7 or len(row) % 2 == 0)):
-            raise ValueError(f"line {number} has {len(row)} columns; a box has 5, a polygon an odd number from 7")
+        columns = len(row)
+        if width and columns != width:
+            raise ValueError(f"line {number} has {columns} columns; a box with its keypoints (kpt_shape) has {width}")
+        if not width and (columns < 5 or (columns > 5 and (columns < 7 or columns % 2 == 0))):
+            raise ValueError(f"line {number} has {columns} columns; a box has 5, a polygon an odd number from 7")
         if not all(map(math.isfinite, row)):
             raise ValueError(f"line {number} holds a value that is not finite")
         if row[0] % 1 or not 0 <= row[0] < classes:
             raise ValueError(f"line {number} has class {row[0]:g}; there are the classes 0 to {classes - 1}")
-        if min(row[1:]) < -0.01 or max(row[1:]) > 1.01 or (len(row) == 5 and min(row[3:]) < 0):
+        # of keypoints those that are not visible may be anywhere
+        places = row[1:5] if width else row[1:]
+        if min(places) < -0.01 or max(places) > 1.01 or ((columns == 5 or width) and min(row[3:5]) < 0):
             raise ValueError(f"line {number} has a coordinate outside 0 to 1")
-        if tuple(row) not in seen:
-            seen.add(tuple(row))
-            rows.append(row)
+        rows[row] = None
     if not rows:
-        return np.zeros(0), np.zeros((0, 4)), []
+        return *EMPTY, []
+    if width:
+        table = np.array(list(rows))
+        return table[:, 0], table[:, 1:5], [*table[:, 5:].reshape(-1, *keypoints)]
     polygons = [len(row) > 5 for row in rows]
-    if any(polygons) and not all(polygons):
-        raise ValueError("the file mixes boxes and polygons")
-    segments = [np.array(row[1:]).reshape(-1, 2) for row in rows] if any(polygons) else []
-    boxes = segments2boxes(segments) if segments else np.array([row[1:] for row in rows])
-    return np.array([row[0] for row in rows]), np.asarray(boxes, dtype=np.float64), segments
+    if any(polygons):
+        if not all(polygons):
+            raise ValueError("the file mixes boxes and polygons")
+        segments = [np.array(row[1:]).reshape(-1, 2) for row in rows]
+        return np.array([row[0] for row in rows]), np.asarray(segments2boxes(segments), dtype=np.float64), segments
+    table = np.array(list(rows))
+    return table[:, 0], table[:, 1:], []
 
 
-def read_image(im_file: str, label_file: str, image_id: int, classes: int) -> Labels | str:
-    """One image's labels, or why it cannot be used: the loader would refuse it, or its label file is wrong."""
+def read_image(
+    im_file: str, label: str, image_id: int, classes: int, keypoints: tuple[int, ...] = ()
+) -> ImageLabels | str:
+    """One image's labels, or why it cannot be used: the loader would refuse it, or its label file is wrong.
+
+    Args:
+        im_file: the image.
+        label: its label file.
+        image_id: COCO image id.
+        classes, keypoints: see `read_label`.
+    """
     try:
         size = check_regular(im_file)
-        with Image.open(im_file) as image:
-            image.verify()
-            (width, height), kind = exif_size(image), str(image.format)
-            cheap = kind in ("JPEG", "MPO") and not image.info.get("progressive")
-        if min(width, height) < 10:
-            return f"{im_file}: {width}x{height} px is too small; 10 px is the least"
-        if fault := decoding_fault(im_file, cheap):
-            return f"{im_file}: not a readable image ({kind}: {fault})"
-        return Labels(im_file, image_id, (height, width), *read_label(label_text(label_file), classes), size)
+        with open(im_file, "rb") as opened:
+            with Image.open(opened) as image:
+                image.verify()
+                (width, height), kind = exif_size(image), str(image.format)
+                baseline = kind in ("JPEG", "MPO") and not image.info.get("progressive")
+            if min(width, height) < 10:
+                return f"{im_file}: {width}x{height} px is too small; 10 px is the least"
+            if not (baseline and is_whole_jpeg(opened)) and (fault := decoding_fault(im_file)):
+                return f"{im_file}: not a readable image ({kind}: {fault})"
+        cls, boxes, points = read_label(label_text(label), classes, keypoints)
+        segments, marks = ([], tuple(points)) if keypoints else (points, ())
+        return ImageLabels(im_file, image_id, (height, width), cls, boxes, segments, size, marks)
     except UnicodeDecodeError:
-        return f"{label_file}: not UTF-8 text"
+        return f"{label}: not UTF-8 text"
     except ValueError as error:
-        return f"{label_file}: {error}"
+        return f"{label}: {error}"
     except ImportError:  # Ultralytics' Image.open looks for a HEIC plugin where it knows no format
         heic = im_file.lower().endswith((".heic", ".heif"))
         return f"{im_file}: " + ("HEIC needs: pip install pi-heif" if heic else "not an image of a known format")
@@ -119,15 +152,54 @@ def label_text(file: str) -> str:
     return data.decode("utf-8-sig")
 
 
-def decoding_fault(file: str, cheap: bool = False) -> str:
-    """Why the loader's own decoder refuses an image; empty where it does not.
+def is_whole_jpeg(file: BinaryIO) -> bool:
+    """Whether OpenCV takes a baseline JPEG for sure, in a hundredth of the time that it takes to decode it.
 
-    Args:
-        file: the image.
-        cheap: decode at an eighth of its size, in half the time: for baseline JPEGs, of which it refuses the same.
+    It refuses one whose header is damaged, and one that ends without its end marker; of all else that is wrong with
+    the pixels it makes grey.
     """
+    file.seek(0)
+    header, length = _header_of(file.read(HEAD))
+    if not header or not _decodes(header):
+        return False
+    file.seek(max(file.seek(0, os.SEEK_END) - TAIL, length))
+    return END in file.read()
+
+
+def _header_of(head: bytes) -> tuple[bytes, int]:
+    """What a JPEG is decoded by, as a JPEG of 16 px without pixels, and the length of its header; nothing where that
+    does not end in these bytes, or holds what a baseline JPEG has not.
+    """
+    place, parts = 2, [head[:2]]
+    while place + 4 <= len(head) and head[place] == 0xFF:
+        marker, end = head[place + 1], place + 2 + int.from_bytes(head[place + 2 : place + 4])
+        if marker in (0xC0, 0xC1):  # the frame, with height and width
+            parts.append(head[place : place + 5] + b"\0\x10\0\x10" + head[place + 9 : end])
+        elif marker in (0xC4, 0xDA, 0xDB, 0xDD, 0xEE):  # Huffman tables, scan, quantization, restarts, colours
+            parts.append(head[place:end])
+        elif not (0xE0 <= marker <= 0xEF or marker == 0xFE):  # applications' data and comments
+            break
+        if marker == 0xDA:
+            return (b"".join([*parts, END]), end) if end <= len(head) else (b"", 0)
+        place = end
+    return b"", 0
+
+
+@lru_cache(4096)
+def _decodes(header: bytes) -> bool:
+    """Whether a JPEG's header is sound. Of a data set's images many have the same."""
     try:
-        image = cv2.imdecode(np.fromfile(file, np.uint8), cv2.IMREAD_REDUCED_COLOR_8) if cheap else imread(file)
+        with Image.open(io.BytesIO(header), formats=("JPEG",)) as image:
+            image.load()  # by the library that OpenCV has, but silently
+    except (OSError, SyntaxError, ValueError):
+        return False
+    return True
+
+
+def decoding_fault(file: str) -> str:
+    """Why the loader's own decoder refuses an image; empty where it does not."""
+    try:
+        image = imread(file)
     except Exception as error:  # OpenCV fails in as many ways as there are bytes
         return type(error).__name__
     if image is None:

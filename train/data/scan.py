@@ -1,11 +1,12 @@
-"""The labels of a split, read by all ranks together, and what is left out of it."""
+"""The index of each split: found, or read by all ranks of a machine together and written for all that come after."""
 
 import hashlib
+import json
 import os
 import platform
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable
+from itertools import islice
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
@@ -13,16 +14,22 @@ from typing import Any
 import numpy as np
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from ultralytics.data.utils import img2label_paths
 
+import train
 from train.config.errors import InputError
 from train.config.options import EvalConfig
 from train.config.words import printable
-from train.data.formats import Labels, read_image
+from train.data.arrays import open_arrays, write_arrays
+from train.data.check import Check, Found
+from train.data.files import find_data
+from train.data.formats import read_image
+from train.data.index import Index, finished, join, open_index, pack
+from train.data.listing import DataFiles, label_file
 from train.processes.cores import cores_of_rank
-from train.processes.devices import local_processes
+from train.processes.devices import launched, local_processes, machine
+from train.processes.files import cache_folder, network_disk
 
-LONGEST = 1000  # characters of what is said of one file
+BLOCK = 4096  # images whose labels are kept one by one before they are packed
 Counted = Callable[[Iterable[Any], int], Iterable[Any]]
 
 
@@ -31,140 +38,192 @@ def uncounted(items: Iterable[Any], total: int) -> Iterable[Any]:
     return items
 
 
-def scan(
-    files: list[str],
-    names: dict[int, str],
+def index_folder(config: EvalConfig) -> Path:
+    """Where indexes are kept."""
+    return Path(config.index_dir) if config.index_dir else cache_folder()
+
+
+def check_ahead(config: Any, *splits: str) -> Check | None:
+    """Begin to check the splits while the ranks start; on one process of each machine.
+
+    None where the data set is not known yet. What is wrong with the input is said where it is read.
+    """
+    if launched("LOCAL_RANK", 0) or not config.data or config.data == "shapes":
+        return None
+    try:
+        data = find_data(config.data, config.single_cls, config.classes)
+    except InputError:
+        return None
+    return Check(data, splits, index_folder(config), config.index_check)
+
+
+def read_index(
+    data: DataFiles,
+    splits: tuple[str, ...],
     config: EvalConfig,
     accelerator: Accelerator,
-    chosen: Sequence[int] | None = None,
+    ahead: Check | None = None,
+    say: Callable[[str], None] = lambda line: None,
     counted: Counted = uncounted,
-) -> tuple[list[Labels], list[str]]:
-    """Read all labels of a split, or of the chosen images in it, each rank a share of them (collective).
+) -> dict[str, Index]:
+    """The index of each split, as this machine has it (collective).
 
     Args:
-        files: image paths of the whole split.
-        names: class names by class index.
-        config: the classes that count.
+        data: the data set.
+        splits: of it.
+        config: where indexes are kept, and what of them is checked.
         accelerator: of the run.
-        chosen: indices of the images that are wanted; unset takes all.
+        ahead: the check that has been begun on this process.
+        say: is given a line on what was checked and what is read.
         counted: is given this rank's images and their number, and hands them on while it shows how far they have come.
 
-    Returns:
-        the usable images in the order of `files`, and one sentence for each that is left out. Nothing is written to
-        the data folder.
+    Raises:
+        InputError: on all ranks, where a split cannot be used, or the machines do not have the same images and labels.
     """
-    chosen = range(len(files)) if chosen is None else chosen
-    classes = sys.maxsize if config.single_cls else len(names)
-    share = chosen[accelerator.process_index :: accelerator.num_processes]
-    check_same_files(files, accelerator)
-    label_files, ids = img2label_paths(files), image_ids(files)
-    with ThreadPool(max(min(8, cores_of_rank()), 1)) as pool:
-        read = pool.imap(
-            lambda i: (i, read_image(files[i], label_files[i], ids[i], classes)),
-            share,
-            max(1, min(16, len(share) // 32)),
-        )
-        mine = list(counted(read, len(share)))
-    read_by_all = sorted((pair for part in gather_object([mine]) for pair in part), key=lambda pair: pair[0])
-    for i, entry in read_by_all:
-        if isinstance(entry, Labels):
-            entry.im_file = files[i]  # where it stands on this machine, and not where the rank that read it has it
-    found = [entry for _, entry in read_by_all]
-    usable = [_chosen(entry, config) for entry in found if isinstance(entry, Labels)]
-    return usable, [printable(entry)[:LONGEST] for entry in found if isinstance(entry, str)]
+    found: dict[str, Found] = {}
+    if accelerator.is_local_main_process:
+        if ahead is not None and not ahead.is_of(data, splits):  # a run that is gone on with names other data
+            ahead.end()
+            ahead = None
+        found = (ahead or Check(data, splits, index_folder(config), config.index_check)).results()
+    every = gather_object([(machine(), found)])
+    for _, one in every:
+        for split in one.values():
+            if split.error:
+                raise InputError(split.error)
+    found = next(one for number, one in every if number == machine() and one)
+    indexes: dict[str, Index] = {}
+    for split in dict.fromkeys(splits):
+        one = found[split]
+        twin = next((s for s in indexes if all(one[s].file == one[split].file for _, one in every if one)), None)
+        if all(one[split].valid for _, one in every if one):
+            words = f"checked ({one.checked}) in {one.seconds:.1f} s"
+        elif twin is not None:  # of another name
+            one, words = found[twin], f"the same as {twin}"
+        else:
+            reason = f", for {one.file} is {one.why}" if one.why else ""
+            say(f"reading the labels of {one.images} images of {split}{reason}")
+            _build(one, split, data, accelerator, say, counted)
+            words = f"kept in {Path(one.file).parent}"
+        indexes[split] = index = open_index(one.file, one.base)
+        say(f"index      {split}: {len(index)} images with their labels, {words}")
+        _check_same(index, data, accelerator)
+    folder = index_folder(config)
+    if disk := network_disk(folder):
+        say(f"warning: the index is in {folder}, on {disk}, a network disk; --index-dir names another place")
+    return indexes
 
 
-def subset(images: int, fraction: float, limit: int | None) -> Sequence[int]:
-    """Indices of a share of the images, or at most so many, evenly drawn from all."""
-    wanted = min(max(1, round(images * fraction)), limit or images)
-    return range(images) if wanted == images else [i * images // wanted for i in range(wanted)]
-
-
-def _chosen(entry: Labels, config: EvalConfig) -> Labels:
-    """The labels of the chosen classes, as one class where that is asked for."""
-    if config.classes is not None:
-        keep = np.isin(entry.cls, config.classes)
-        segments = [segment for segment, kept in zip(entry.segments, keep, strict=False) if kept]
-        entry = replace(entry, cls=entry.cls[keep], boxes=entry.boxes[keep], segments=segments)
-    return replace(entry, cls=np.zeros_like(entry.cls)) if config.single_cls else entry
-
-
-def check_usable(
-    name: str, train: list[Labels] | None, val: list[Labels], faults: list[str], config: EvalConfig
+def _build(
+    found: Found, split: str, data: DataFiles, accelerator: Accelerator, say: Callable[[str], None], counted: Counted
 ) -> None:
-    """Raise InputError where nothing is left to train on or to validate on, or, with --strict, where a file is faulty.
+    """Read the labels of a split, each rank of the machine a share, and write the index; where it is, `found` then says
+    (collective; machines that have it already do nothing but be there).
 
-    Args:
-        name: of the data set.
-        train: labels of the images to train on; None where nothing is trained.
-        val: labels of the images to validate on.
-        faults: a sentence for each file that is left out.
-        config: the classes that count, and whether it is strict.
+    An index that cannot be written where it belongs is written into the temporary folder, for this run.
     """
-    if getattr(config, "strict", False) and faults:
-        raise InputError("--strict, and these files are faulty:\n" + "\n".join(faults))
-    reason = f" First of {len(faults)} faults: {faults[0]}" if faults else ""
-    if train is not None and not any(len(entry.cls) for entry in train):
-        only = "" if config.classes is None else f" of --classes {' '.join(map(str, config.classes))}"
-        raise InputError(f"{name}: no train image has a usable label{only}.{reason}")
-    if not val:
-        raise InputError(f"{name}: no image to validate on can be used.{reason}")
+    failure: Exception | None = None
+    rank, ranks = launched("LOCAL_RANK", 0), local_processes()
+    part = f"{found.listing}.{{}}"
+    files: list[str] = []
+    if not found.valid:
+        listing, _ = open_arrays(Path(found.listing))
+        names = os.fsdecode(listing["paths"].tobytes()).split("\0")
+        files = [os.path.join(found.base, name) for name in names]
+        bounds = np.linspace(0, len(files), ranks + 1).astype(int)
+        try:
+            packed = _read(files[bounds[rank] : bounds[rank + 1]], found.base, data, counted)
+            write_arrays(Path(part.format(rank)), packed, {})
+        except Exception as error:
+            failure = error
+    _raise_any(failure)
+    told: tuple[str, str] | None = None  # where it is, and what went wrong
+    if accelerator.is_local_main_process and not found.valid:
+        try:
+            told = _join([Path(part.format(r)) for r in range(ranks)], found, data, files)
+        except Exception as error:
+            failure = error
+    _raise_any(failure)
+    for number, other in gather_object([(machine(), told)]):
+        if number == machine() and other is not None:
+            found.file, warning = other
+            if warning:
+                say(warning)
 
 
-def image_ids(files: list[str]) -> list[int]:
-    """COCO image ids: the integer file stems where all stems of the split are distinct integers, else the positions.
+def _read(files: list[str], base: str, data: DataFiles, counted: Counted) -> dict[str, np.ndarray]:
+    """The labels of some images, packed."""
 
-    A stem that a float64 cannot hold exactly is no integer here: detections travel as rows of float64.
+    def one(file: str) -> Any:
+        return read_image(file, label_file(file), 0, sys.maxsize, data.keypoints)
+
+    blocks = [pack([], base)]
+    with ThreadPool(max(min(8, cores_of_rank()), 1)) as pool:
+        read = iter(counted(pool.imap(one, files, max(1, min(16, len(files) // 32))), len(files)))
+        while some := [*islice(read, BLOCK)]:
+            blocks.append(pack(some, base))
+    return join(blocks)
+
+
+def _join(parts: list[Path], found: Found, data: DataFiles, files: list[str]) -> tuple[str, str]:
+    """Write the index from what the ranks have read; where it is, and a warning where that is not where it belongs."""
+    listing, _ = open_arrays(Path(found.listing))
+    packed = join([open_arrays(part)[0] for part in parts])
+    arrays = finished(packed, listing["paths"], listing["listed"], files)
+    about = {"base": found.base, "keypoints": json.dumps(data.keypoints), "pictures": found.pictures}
+    warning = ""
+    try:
+        write_arrays(Path(found.file), arrays, about)
+    except OSError as error:
+        own = Path(train.scratch.name) / Path(found.file).name
+        warning = (
+            f"warning: the index cannot be kept in {Path(found.file).parent} ({error.strerror or error}), so the "
+            "labels are read again next time; --index-dir names another place"
+        )
+        try:
+            write_arrays(own, arrays, about)
+        except OSError as worse:
+            raise InputError(
+                f"The index of the labels cannot be written to {found.file} ({error.strerror or error}), nor to {own} "
+                f"({worse.strerror or worse}). Name another place with --index-dir."
+            ) from None
+        found.file = str(own)
+    for part in parts:
+        part.unlink(missing_ok=True)
+    return found.file, warning
+
+
+def _raise_any(failure: Exception | None) -> None:
+    """Raise on all ranks what has failed on one (collective)."""
+    for failed in gather_object([failure]):
+        if failed is not None:
+            raise failed
+
+
+def _check_same(index: Index, data: DataFiles, accelerator: Accelerator) -> None:
+    """Raise InputError on all ranks where the machines have not the same images and labels (collective).
+
+    Where they stand is each machine's own.
     """
-    stems = [Path(file).stem for file in files]
-    if all(stem.isdecimal() and stem.isascii() for stem in stems):
-        ids = [int(stem) for stem in stems]
-        if len(set(ids)) == len(ids) and max(ids) < 2**53:
-            return ids
-    return list(range(len(files)))
-
-
-def check_same_files(files: list[str], accelerator: Accelerator) -> None:
-    """Raise InputError on all ranks where they have not the same images, by relative names and sizes (collective).
-
-    Where they stand is each machine's own. Of several machines one process of each looks at the sizes.
-    """
-    folders = {folder: os.path.abspath(folder) for folder in {os.path.dirname(file) for file in files}}
-    base = os.path.commonpath(folders.values())
-    folders = {folder: os.path.relpath(place, base) for folder, place in folders.items()}
-    names = [f"{folders[folder]}/{name}" for folder, name in map(os.path.split, files)]
-    sizes = [0] * len(files)
-    several = accelerator.num_processes > local_processes()
-    if several and accelerator.is_local_main_process:
-        with ThreadPool(max(min(8, cores_of_rank()), 1)) as pool:
-            sizes = pool.map(_size, files, 256)
-    sized = [f"{n} {s}" for n, s in zip(names, sizes, strict=True)] if several else []
-    digests = gather_object([hash_of(names), hash_of(sized)])
-    lists, listed = digests[::2], digests[1::2]
-    mains = gather_object([accelerator.is_local_main_process])
-    if len(set(lists)) == 1 and len({told for told, main in zip(listed, mains, strict=True) if main}) == 1:
+    if accelerator.num_processes == local_processes():
         return
-    every = gather_object([(platform.node(), accelerator.is_local_main_process, dict(zip(names, sizes, strict=True)))])
-    (host, _, first), *others = [one for one in every if one[1] or len(set(lists)) > 1]
-    for other_host, _, other in others:
+    listed = index.listed.tobytes() + index.numbers.tobytes() + index.arrays["paths"].tobytes()
+    every = gather_object([(machine(), platform.node(), hashlib.sha256(listed).hexdigest())])
+    if len({digest for _, _, digest in every}) == 1:
+        return
+    mine = {}
+    if accelerator.is_local_main_process:
+        names = os.fsdecode(index.arrays["paths"].tobytes()).split("\0")
+        mine = dict(zip(names, zip(index.sizes.tolist(), index.numbers.tolist(), strict=True), strict=True))
+    several = [(host, one) for host, one in gather_object([(platform.node(), mine)]) if one]
+    (host, first), *others = several
+    for other_host, other in others:
         for name in sorted(first.keys() | other.keys()):
             if first.get(name) != other.get(name):
-                said = [
-                    f"{size} bytes" if size is not None else "not there" for size in (first.get(name), other.get(name))
-                ]
+                said = [f"{told[0]} bytes" if told else "not there" for told in (first.get(name), other.get(name))]
+                what = f"{said[0]} and {said[1]}" if said[0] != said[1] else "in its labels"
                 raise InputError(
                     f"The machines do not see the same images: {len(first)} on {host}, {len(other)} on {other_host}. "
-                    f"First that differs: {printable(name)}, {said[0]} and {said[1]}. Copy the data set anew."
+                    f"First that differs: {printable(name)}, {what}. Copy the data set anew."
                 )
-
-
-def _size(file: str) -> int:
-    try:
-        return os.stat(file).st_size
-    except OSError:  # the reading of it says so
-        return -1
-
-
-def hash_of(files: list[str]) -> str:
-    """A digest of the files' names."""
-    return hashlib.sha256("\n".join(files).encode(errors="surrogateescape")).hexdigest()
+    raise InputError(f"The machines do not list the images of {data.name} equally often. Copy the data set anew.")

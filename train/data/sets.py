@@ -15,6 +15,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import torch
 from ultralytics.cfg import get_cfg
@@ -23,25 +24,79 @@ from ultralytics.data.dataset import YOLODataset
 
 from train.config.errors import InputError
 from train.config.options import Augmentation, TrainConfig
-from train.data.formats import Labels
+from train.data.labels import Labels
 
 PAUSES = (0.1, 1.0, 5.0)  # seconds before an image that cannot be read is tried again
+PAD = 0.5  # of a stride, that validation images are padded by at least
 GROUP = 16  # positions whose images are each other's mosaic partners
 
 
+class _Same:
+    """A sequence of one value: what Ultralytics' data set keeps of its images, where nothing is kept."""
+
+    def __init__(self, value: Any):
+        self.value = value
+
+    def __getitem__(self, i: int) -> Any:
+        return self.value
+
+
+class _Files:
+    """Paths of the images, each made when it is asked for."""
+
+    def __init__(self, labels: Labels):
+        self.labels = labels
+
+    def __getitem__(self, i: int) -> str:
+        return self.labels.file(i)
+
+
+class _Targets:
+    """The labels in Ultralytics' form, each made when it is asked for."""
+
+    def __init__(self, labels: Labels):
+        self.labels = labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        entry = self.labels[i]
+        return {
+            "im_file": entry.im_file,
+            "shape": entry.shape,
+            "cls": entry.cls.astype(np.float32).reshape(-1, 1),
+            "bboxes": entry.boxes.astype(np.float32),
+            "segments": [segment.astype(np.float32) for segment in entry.segments],
+            "keypoints": None,
+            "normalized": True,
+            "bbox_format": "xywh",
+        }
+
+
 class Images(YOLODataset):
-    """Ultralytics' data set over labels that are already read: it globs nothing, caches nothing, writes nothing."""
+    """Ultralytics' data set over labels that are already read: it lists nothing, caches nothing, writes nothing.
 
-    def __init__(self, labels: list[Labels], names: dict[int, str], channels: int, **options: Any):
-        self.scanned = labels
-        data = {"names": names, "channels": channels}
-        super().__init__([], data=data, task="detect", augment=False, **options)
+    Ultralytics' constructor, which makes lists of all images and labels in each process, is passed over.
+
+    Args:
+        labels: of the images.
+        names: class names by class index.
+        channels: of an image.
+        imgsz: that the longer side of an image is scaled to, px.
+        hyp: Ultralytics' hyperparameters, with the augmentation.
+    """
+
+    def __init__(self, labels: Labels, names: dict[int, str], channels: int, imgsz: int, hyp: Any):
+        self.scanned, self.imgsz, self.channels = labels, imgsz, channels
+        self.data: dict[str, Any] = {"names": names, "channels": channels}
+        self.cv2_flag = {1: cv2.IMREAD_GRAYSCALE, 3: cv2.IMREAD_COLOR}.get(channels, cv2.IMREAD_UNCHANGED)
+        self.im_files, self.labels = _Files(labels), _Targets(labels)
+        self.rect = self.augment = self.use_segments = self.use_keypoints = self.use_obb = False
+        self.prefix, self.cache = "", None
         # Ultralytics reads, rewrites and removes .npy files beside the images; these cannot exist.
-        self.npy_files = [Path(os.devnull) / "none"] * len(self.im_files)
-
-    def get_img_files(self, img_path: Any) -> list[str]:
-        """Paths of the images whose labels are known."""
-        return [entry.im_file for entry in self.scanned]
+        self.ims, self.npy_files = _Same(None), _Same(Path(os.devnull) / "none")
+        self.transforms = self.build_transforms(hyp)
 
     def load_image(self, i: int, *args: Any, **kwargs: Any) -> tuple:
         """Decode an image. What the scan has found readable is tried again: a network disk may be away for a moment.
@@ -67,22 +122,6 @@ class Images(YOLODataset):
                 time.sleep(pause)
         raise AssertionError
 
-    def get_labels(self) -> list[dict]:
-        """The labels in Ultralytics' form."""
-        return [
-            {
-                "im_file": entry.im_file,
-                "shape": entry.shape,
-                "cls": entry.cls.astype(np.float32).reshape(-1, 1),
-                "bboxes": entry.boxes.astype(np.float32),
-                "segments": [segment.astype(np.float32) for segment in entry.segments],
-                "keypoints": None,
-                "normalized": True,
-                "bbox_format": "xywh",
-            }
-            for entry in self.scanned
-        ]
-
 
 class _Partners:
     """What Ultralytics' mixing transforms take for the data set: the images they may draw partners from.
@@ -105,13 +144,12 @@ class _Partners:
 class TrainSet(Images):
     """Augmented training images by (epoch, position); see the module's first lines."""
 
-    def __init__(
-        self, labels: list[Labels], names: dict[int, str], channels: int, config: TrainConfig, stride: int = 32
-    ):
+    def __init__(self, labels: Labels, names: dict[int, str], channels: int, config: TrainConfig, stride: int = 32):
         if config.rect:
             config = replace(config, mosaic=0.0, mixup=0.0, cutmix=0.0)
         self.config, self._stride = config, stride
-        self._ratios = np.array([entry.shape[0] / entry.shape[1] for entry in labels])  # height / width
+        if config.rect:
+            self._ratios = labels.shapes[:, 0] / labels.shapes[:, 1]  # height / width
         self._decoded: dict[int, tuple] = {}
         self._order: tuple[int, np.ndarray] = (-1, np.zeros(0, int))
         super().__init__(labels, names, channels, imgsz=config.imgsz, hyp=augmentation(config))
@@ -138,7 +176,7 @@ class TrainSet(Images):
         if self._order[0] != epoch:
             rng, batch = np.random.default_rng([self.config.seed, epoch]), self.config.batch
             order = np.concatenate([rng.permutation(len(self)) for _ in range(math.ceil(batch / len(self)))])
-            order = order[: max(batch, len(self))]
+            order = order[: max(batch, len(self))].astype(np.int32)  # each rank and worker has one
             if self.config.rect:  # batches of neighbours by aspect ratio, in another order each epoch
                 order = order[np.argsort(self._ratios[order], kind="stable")]
                 batches = len(order) // batch
@@ -199,28 +237,36 @@ class ValSet(Images):
     """
 
     def __init__(
-        self, labels: list[Labels], names: dict[int, str], channels: int, imgsz: int, stride: int, rect: bool = True
+        self, labels: Labels, names: dict[int, str], channels: int, imgsz: int, stride: int, rect: bool = True
     ):
-        by_file = {entry.im_file: entry.image_id for entry in labels}
-        super().__init__(
-            labels, names, channels, imgsz=imgsz, hyp=get_cfg(), rect=rect, batch_size=1, stride=stride, pad=0.5
-        )
-        self.ids = [by_file[file] for file in self.im_files]  # Ultralytics sorts by aspect ratio where rect
+        super().__init__(labels, names, channels, imgsz, get_cfg())
+        self.rect, self.ids = rect, labels.ids
+        if rect:
+            self.batch, self.batch_shapes = range(len(labels)), _padded(labels.shapes, imgsz, stride)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """The letterboxed image with its labels, its id, original shape, and the (gain, padding) that scaled it."""
         sample = super().__getitem__(index)
         names = ("im_file", "img", "cls", "bboxes", "batch_idx", "ori_shape", "ratio_pad")
-        return {name: sample[name] for name in names} | {"id": self.ids[index]}
+        return {name: sample[name] for name in names} | {"id": int(self.ids[index])}
 
     def batches(self, batch: int) -> list[list[int]]:
         """Batches of images of one shape, most pixels first: dealt to the ranks in turn, the shares come out even."""
+        shapes = self.batch_shapes if self.rect else np.full((len(self), 2), self.imgsz)
         by_shape = defaultdict(list)
-        for index in sorted(range(len(self)), key=lambda i: self.ids[i]):
-            shape = self.batch_shapes[index] if self.rect else (self.imgsz, self.imgsz)
-            by_shape[tuple(int(side) for side in shape)].append(index)
+        for index in np.argsort(self.ids, kind="stable").tolist():
+            by_shape[tuple(shapes[index].tolist())].append(index)
         chunks = [(h * w, part) for (h, w), all_ in by_shape.items() for part in _chunks(all_, batch)]
         return [part for _, part in sorted(chunks, key=lambda chunk: (-chunk[0] * len(chunk[1]), chunk[1]))]
+
+
+def _padded(shapes: np.ndarray, imgsz: int, stride: int) -> np.ndarray:
+    """(n, 2) height, width that images of these shapes are padded to: Ultralytics' rule for batches of one."""
+    ratios = shapes[:, 0] / shapes[:, 1]
+    sides = np.ones((len(shapes), 2))
+    sides[ratios < 1, 0] = ratios[ratios < 1]
+    sides[ratios > 1, 1] = 1 / ratios[ratios > 1]
+    return np.ceil(sides * imgsz / stride + PAD).astype(int) * stride
 
 
 def _chunks(items: list, size: int) -> Iterator[list]:

@@ -6,7 +6,6 @@ of the original image.
 
 import contextlib
 import io
-from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +14,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from train.config.errors import InputError
+from train.evaluation.truth import Truth
 
 try:
     import hotcoco
@@ -56,7 +56,7 @@ def metric_names(max_dets: tuple[int, int, int]) -> tuple[str, ...]:
 
 
 def coco_metrics(
-    truth: dict[str, Any],
+    truth: Truth,
     detections: np.ndarray,
     evaluator: str = "hotcoco",
     max_dets: tuple[int, int, int] = (1, 10, 100),
@@ -64,7 +64,7 @@ def coco_metrics(
     """COCO's twelve numbers, with P, R and F1 at the confidence of the highest mean F1, and the curves behind them.
 
     Args:
-        truth: a COCO annotation dict.
+        truth: of the split.
         detections: (n, 7) float64 rows by image id, see the module's first lines.
         evaluator: `hotcoco`, or `pycocotools` through that package alone; the numbers are the same, bit for bit.
         max_dets: detections per image that AR is measured at; AP is measured at the last.
@@ -82,46 +82,39 @@ def coco_metrics(
         "AP75": np.array([_mean(precision[5, :, k]) for k in categories]),
         "AP": np.array([_mean(precision[:, :, k]) for k in categories]),
     }
-    curves = Curves(sorted(c["id"] for c in truth["categories"]), ap, *_by_confidence(precision[0], scores[0]))
+    curves = Curves(sorted(truth.names), ap, *_by_confidence(precision[0], scores[0]))
     for name, values in zip(AT_BEST, (curves.p, curves.r, curves.f1), strict=True):
         metrics[name] = _mean(values[:, curves.best])
     return metrics, curves
 
 
-def _hotcoco(truth: dict[str, Any], detections: np.ndarray, max_dets: list[int]) -> Any:
+def _hotcoco(truth: Truth, detections: np.ndarray, max_dets: list[int]) -> Any:
     """hotcoco's evaluator after matching. Matched in chunks of images it needs half the memory, for the same bits."""
     if hotcoco is None:
         raise InputError(f"hotcoco cannot be imported: {missing}. Mend that, or say --coco-eval pycocotools.")
     params = hotcoco.Params("bbox")
     params.maxDets = max_dets
-    stream = hotcoco.StreamingEval(truth["categories"], "bbox", params=params)
-    annotations = defaultdict(list)
-    for annotation in truth["annotations"]:
-        annotations[annotation["image_id"]].append(annotation)
-    images = sorted(truth["images"], key=lambda image: image["id"])
-    for start in range(0, len(images), CHUNK):
-        chunk = images[start : start + CHUNK]
-        first, last = np.searchsorted(detections[:, 0], (chunk[0]["id"], chunk[-1]["id"] + 1))
-        stream.update(_plain(chunk), [a for image in chunk for a in annotations[image["id"]]], detections[first:last])
+    stream = hotcoco.StreamingEval(truth.categories, "bbox", params=params)
+    order, before = np.argsort(truth.ids, kind="stable"), 0
+    for start in range(0, len(order), CHUNK):
+        places = order[start : start + CHUNK]
+        first, last = np.searchsorted(detections[:, 0], (truth.ids[places[0]], truth.ids[places[-1]] + 1))
+        annotations = truth.annotations(places, before + 1)
+        stream.update([truth.size_of(i) for i in places], annotations, detections[first:last])
+        before += len(annotations)
     return stream.finalize()
 
 
-def _plain(images: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """COCO images without their file names, which need not be UTF-8, as hotcoco's are."""
-    return [{key: image[key] for key in ("id", "width", "height")} for image in images]
-
-
-def _pycocotools(truth: dict[str, Any], detections: np.ndarray, max_dets: list[int]) -> Any:
+def _pycocotools(truth: Truth, detections: np.ndarray, max_dets: list[int]) -> Any:
     """pycocotools' evaluator after matching."""
     coco = COCO()
-    # its index and results write into the annotations
-    coco.dataset = truth | {"annotations": [dict(annotation) for annotation in truth["annotations"]]}
+    coco.dataset = truth.dataset()
     coco.createIndex()
     if len(detections):
         found = coco.loadRes(detections)
     else:  # loadRes fails on none at all
         found = COCO()
-        found.dataset = truth | {"annotations": []}
+        found.dataset = coco.dataset | {"annotations": []}
         found.createIndex()
     result = COCOeval(coco, found, "bbox")
     result.params.maxDets = max_dets
@@ -156,7 +149,7 @@ def _by_confidence(precision: np.ndarray, scores: np.ndarray) -> tuple[np.ndarra
     return precision.T, p, r, f1
 
 
-def diagnose(truth: dict[str, Any], detections: np.ndarray, confidence: float = 0.25) -> dict[str, Any] | None:
+def diagnose(truth: Truth, detections: np.ndarray, confidence: float = 0.25) -> dict[str, Any] | None:
     """What goes wrong, from hotcoco, on the detections from that confidence on; None where hotcoco is not installed.
 
     Returns:
@@ -167,7 +160,11 @@ def diagnose(truth: dict[str, Any], detections: np.ndarray, confidence: float = 
     if hotcoco is None:
         return None
     with contextlib.redirect_stdout(io.StringIO()):
-        coco = hotcoco.COCO(truth | {"images": _plain(truth["images"])})
+        marks, images = truth.marks(), [truth.size_of(i) for i in range(len(truth))]
+        coco = hotcoco.COCO.from_arrays(
+            images, truth.categories, truth.ids[marks.image], marks.category, marks.boxes,
+            area=marks.area, iscrowd=marks.crowd,
+        )  # fmt: skip
         everything = hotcoco.COCOeval(coco, coco.loadRes(detections), "bbox")
         everything.evaluate()
         tide = everything.tide_errors()["delta_ap"]

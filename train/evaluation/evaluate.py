@@ -19,6 +19,7 @@ from ultralytics.utils.ops import scale_boxes, xyxy2ltwh
 from train.config.options import EvalConfig
 from train.data.loaders import as_images
 from train.evaluation.coco import AT_BEST, Curves, coco_metrics
+from train.evaluation.truth import Truth
 from train.model.inference import detect, validation_losses
 from train.processes.collectives import on_main
 from train.processes.signals import Ended
@@ -67,7 +68,7 @@ class _Laps:
 def evaluate(
     model: Any,
     loader: Iterable[dict],
-    truth: dict[str, Any],
+    truth: Truth,
     config: EvalConfig,
     accelerator: Accelerator,
     stop: Stop | None = None,
@@ -77,7 +78,7 @@ def evaluate(
     Args:
         model: an `inference_copy`; with a criterion, losses are measured too.
         loader: this rank's validation batches. Ranks may hold different numbers, so nothing in the loop is collective.
-        truth: COCO ground truth of the whole split, categories in the order of the class indices.
+        truth: of the whole split; the main process alone makes more of it than ids.
         config: `mixed_precision` is the forward's.
         stop: of a training, whose validation is cut off on all ranks where one is told to end.
 
@@ -118,11 +119,11 @@ def evaluate(
     del found
     # Collective, and one element per rank: a flat list would be cut to the size of the last batch.
     shards = accelerator.gather_for_metrics([shard], use_gather_object=True)
-    _check_ids([i for shard in shards for i in shard["ids"]], [image["id"] for image in truth["images"]])
+    _check_ids([i for shard in shards for i in shard["ids"]], truth.ids.tolist())
     if len({shard["weights"] for shard in shards}) > 1:
         raise RuntimeError("The ranks evaluated different weights: " + ", ".join(shard["weights"] for shard in shards))
     means = _mean_losses([batch for shard in shards for batch in shard["losses"]])
-    categories = np.array([category["id"] for category in truth["categories"]], dtype=np.float64)
+    categories = np.array([*truth.names], dtype=np.float64)
     main = accelerator.is_main_process  # nobody else needs them
     rows = _as_rows(shards, categories) if main else np.zeros((0, 7))
     del shard, shards
@@ -137,38 +138,40 @@ def evaluate(
 
 
 def measure(
-    truth: dict[str, Any], rows: np.ndarray, config: EvalConfig, accelerator: Accelerator, stop: Stop | None = None
+    truth: Truth, rows: np.ndarray, config: EvalConfig, accelerator: Accelerator, stop: Stop | None = None
 ) -> Evaluation:
     """COCO's metric on the main process, for every rank (collective).
 
     Args:
-        truth: COCO ground truth.
+        truth: of the split.
         rows: (n, 7) float64 detections, see the module's first lines, by image id.
         config: the evaluator and its --max-dets.
         accelerator: of the run.
         stop: of a training, as in `evaluate`.
     """
 
-    def compute() -> tuple[dict[str, float], Curves] | Ended:
+    def compute() -> tuple[dict[str, float], Curves, Counter, Counter] | Ended:
+        marks = truth.marks()
+        boxes = Counter(marks.category.tolist())
+        images = Counter(np.unique(np.stack((marks.category, marks.image)), axis=1)[0].tolist())
+        del marks
         try:
             with stop.cutting() if stop is not None else nullcontext():
-                return coco_metrics(truth, rows, config.coco_eval, config.max_dets)
+                return *coco_metrics(truth, rows, config.coco_eval, config.max_dets), boxes, images
         except Ended as ended:
             return ended
 
     found = on_main(accelerator, compute)
     if isinstance(found, Ended):
         raise found
-    metrics, curves = found
-    boxes = Counter(a["category_id"] for a in truth["annotations"])
-    images = Counter(c for _, c in {(a["image_id"], a["category_id"]) for a in truth["annotations"]})
+    metrics, curves, boxes, images = found
     best, by_confidence, per_class = curves.best, (curves.p, curves.r, curves.f1), {}
-    for category in truth["categories"]:
-        k = curves.category_ids.index(category["id"])
-        ap = {name: float(values[k]) for name, values in curves.ap.items()}
-        pr = {name: float(values[k, best]) for name, values in zip(AT_BEST, by_confidence, strict=True)}
-        per_class[category["name"]] = {"images": images[category["id"]], "boxes": boxes[category["id"]]} | pr | ap
-    return Evaluation(metrics, per_class, curves, len(truth["images"]), len(truth["annotations"]), detections=rows)
+    for id_, name in truth.names.items():
+        k = curves.category_ids.index(id_)
+        ap = {metric: float(values[k]) for metric, values in curves.ap.items()}
+        pr = {metric: float(values[k, best]) for metric, values in zip(AT_BEST, by_confidence, strict=True)}
+        per_class[name] = {"images": images[id_], "boxes": boxes[id_]} | pr | ap
+    return Evaluation(metrics, per_class, curves, len(truth), sum(boxes.values()), detections=rows)
 
 
 def _mean_losses(batches: list[tuple[int, int, list[float]]]) -> list[float]:

@@ -9,8 +9,7 @@ from pathlib import Path
 import psutil
 
 from train.processes.devices import launched, local_processes
-
-CGROUPS, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+from train.processes.room import CGROUPS, OWN_CGROUPS, control_groups
 
 
 def cores() -> list[int]:
@@ -36,24 +35,9 @@ def cores_of_rank() -> int:
 
 
 def _quotas(cgroups: Path, own: Path) -> Iterator[float]:
-    """Cores that this process's control groups and those around them may use, where there is a limit.
-
-    Args:
-        cgroups: where the groups are mounted.
-        own: a line for each hierarchy, number:controllers:path.
-    """
-    try:
-        hierarchies = [line.split(":", 2) for line in own.read_text().splitlines()]
-    except OSError:  # not Linux
-        return
-    for _, controllers, path in hierarchies:
-        if controllers and "cpu" not in controllers.split(","):
-            continue
-        root = cgroups / "cpu" if controllers else cgroups
-        # In a container the path may be the host's, of which nothing is mounted here but the end, as the root.
-        group = Path(os.path.normpath(f"{root}/{path}"))
-        for place in (root, *(place for place in (group, *group.parents) if root in place.parents)):
-            yield from _quota(place)
+    """Cores that this process's control groups and those around them may use, where there is a limit."""
+    for place in control_groups(cgroups, own, "cpu"):
+        yield from _quota(place)
 
 
 def _quota(group: Path) -> Iterator[float]:

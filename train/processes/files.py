@@ -7,7 +7,13 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
+
+import train
 from train.config.errors import InputError
+
+# Beginnings of file systems' names
+NETWORKS = ("afs", "beegfs", "ceph", "cifs", "gcsfuse", "gluster", "gpfs", "lustre", "nfs", "s3fs", "smb", "sshfs")
 
 
 @contextlib.contextmanager
@@ -38,6 +44,23 @@ def hold(folder: Path) -> bool:
         os.close(lock)
         return error.errno not in (errno.EACCES, errno.EAGAIN)
     return True
+
+
+def cache_folder() -> Path:
+    """Where files are kept that can be made again: XDG's place for them."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    try:
+        return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "yolo-accelerate"
+    except RuntimeError:  # no home folder
+        return Path(train.scratch.name)
+
+
+def network_disk(folder: Path) -> str:
+    """The file system of a folder, or of where it would be made, where that is one of a network; else nothing."""
+    there = str(folder.absolute())
+    mounts = [p for p in psutil.disk_partitions(all=True) if f"{there}/".startswith(p.mountpoint.rstrip("/") + "/")]
+    kind = max(mounts, key=lambda part: len(part.mountpoint)).fstype if mounts else ""
+    return kind if kind.removeprefix("fuse.").startswith(NETWORKS) else ""
 
 
 def check_folder(folder: Path, flag: str) -> None:

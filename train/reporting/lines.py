@@ -2,10 +2,9 @@
 
 import statistics
 import unicodedata
-from collections.abc import Sequence
 
 from train.config.options import EvalConfig
-from train.data.formats import Labels
+from train.data.labels import Labels
 from train.evaluation.coco import COLUMNS, METRICS, metric_names
 from train.evaluation.evaluate import Evaluation
 from train.processes.devices import processes
@@ -17,12 +16,12 @@ NOTHING = "\u2013"  # in a table, where the metric is -1
 
 
 # Before the first epoch -----------------------------------------------------------------------------------------------
-def data_line(name: str, train: Sequence[Labels], val: Sequence[Labels]) -> str:
+def data_line(name: str, train: Labels, val: Labels) -> str:
     """Images, boxes and images without a box of the two splits."""
     counts = []
     for labels, use in ((train, "train"), (val, "validate")):
-        boxes, empty = sum(len(entry.cls) for entry in labels), sum(not len(entry.cls) for entry in labels)
-        counts.append(f"{len(labels)} images with {boxes} boxes to {use} on ({empty} without a box)")
+        by_class, empty = labels.counts
+        counts.append(f"{len(labels)} images with {by_class.sum()} boxes to {use} on ({empty} without a box)")
     return f"data       {name}: {', '.join(counts)}"
 
 

@@ -14,12 +14,13 @@ from ultralytics.utils.patches import imread
 from ultralytics.utils.plotting import Annotator, colors, plot_images, plot_labels
 
 from train.config.words import printable
-from train.data.formats import Labels
+from train.data.labels import Labels
 from train.evaluation.evaluate import Evaluation
+from train.evaluation.truth import Truth
 from train.reporting.fonts import drawable, provide_fonts
 
 TILE = 320  # px, longer side of one image on the page
-SHOWN = 12  # images on a page
+SHOWN, LABELLED = 12, 100_000  # images on a page, and those whose labels are drawn
 CONFIDENCE = 0.25  # detections below it are not drawn
 Box = tuple[list[float], int, float | None]  # ltwh in pixels of the image, category id, score
 ERRORS = {
@@ -32,18 +33,16 @@ ERRORS = {
 }
 
 
-def draw_evaluation(
-    evaluation: Evaluation, truth: dict[str, Any], diagnosis: dict[str, Any] | None, folder: Path
-) -> None:
+def draw_evaluation(evaluation: Evaluation, truth: Truth, diagnosis: dict[str, Any] | None, folder: Path) -> None:
     """Curves, the confusion matrix, TIDE errors and the page of the worst images, as far as there is anything to show.
 
     Args:
         evaluation: gives the curves and the detections.
-        truth: COCO ground truth.
+        truth: of the split.
         diagnosis: what `diagnose` returned.
         folder: where the pictures go.
     """
-    by_id = {category["id"]: category["name"] for category in truth["categories"]}
+    by_id = truth.names
     names = list(drawable({id_: by_id[id_] for id_ in evaluation.curves.category_ids}).values())
     measured = evaluation.curves.ap["AP50"] >= 0
     if measured.any():
@@ -80,46 +79,46 @@ def draw_tide(tide: dict[str, float], file: Path) -> None:
     plt.close(figure)
 
 
-def worst_first(truth: dict[str, Any], diagnosis: dict[str, Any] | None) -> list[tuple[dict, str]]:
-    """COCO images with a caption, those of the lowest F1 and among them of the most errors first; without a diagnosis
-    in the order of the split.
+def worst_first(truth: Truth, diagnosis: dict[str, Any] | None) -> list[tuple[int, str]]:
+    """Places of images with a caption, those of the lowest F1 and among them of the most errors first; without a
+    diagnosis in the order of the split.
     """
     if not diagnosis:
-        return [(image, "") for image in truth["images"]]
+        return [(place, "") for place in range(len(truth))]
     found = diagnosis["images"]
     nothing = {"f1": 1.0, "tp": 0, "fp": 0, "fn": 0}
     ranked = []
-    for image in truth["images"]:
-        one = found.get(image["id"], nothing)
+    for place, id_ in enumerate(truth.ids.tolist()):
+        one = found.get(id_, nothing)
         errors = one["fp"] + one["fn"]
         caption = f"{one['tp']} found, {one['fn']} missed, {one['fp']} false"
-        ranked.append((one["f1"] if errors else 1.0, -errors, image["id"], image, caption))
-    return [(image, caption) for *_, image, caption in sorted(ranked, key=lambda entry: entry[:3])]
+        ranked.append((one["f1"] if errors else 1.0, -errors, id_, place, caption))
+    return [(place, caption) for *_, place, caption in sorted(ranked)]
 
 
 def draw_page(
-    detections: np.ndarray, truth: dict[str, Any], images: list[tuple[dict, str]], file: Path, count: int = SHOWN
+    detections: np.ndarray, truth: Truth, images: list[tuple[int, str]], file: Path, count: int = SHOWN
 ) -> None:
     """A page of validation images: on the left of each pair the truth, on the right the detections.
 
     Args:
         detections: COCO rows.
-        truth: COCO ground truth.
-        images: COCO images with captions, `file_name` being a path; those that cannot be read are passed over.
+        truth: of the split.
+        images: places of images in it with captions; those that cannot be read are passed over.
         file: the picture to write.
         count: how many images to show.
     """
-    names = drawable({category["id"]: category["name"] for category in truth["categories"]})
-    colour = {category["id"]: index for index, category in enumerate(truth["categories"])}
-    provide_fonts(names.values(), (Path(image["file_name"]).name for image, _ in images[:count]))
+    names = drawable(truth.names)
+    colour = {id_: index for index, id_ in enumerate(truth.names)}
+    provide_fonts(names.values(), (Path(truth.file(place)).name for place, _ in images[:count]))
     pairs: list[np.ndarray] = []
-    for image, caption in images:
-        picture = _picture(image["file_name"])
+    for place, caption in images:
+        picture = _picture(truth.file(place))
         if picture is None:
             continue
-        pair = np.hstack([_tile(picture, boxes, names, colour) for boxes in boxes_on(image, truth, detections)])
+        pair = np.hstack([_tile(picture, boxes, names, colour) for boxes in boxes_on(place, truth, detections)])
         words = Annotator(pair, font_size=14, pil=True)
-        text = printable(f"{Path(image['file_name']).name}  {caption}")
+        text = printable(f"{Path(truth.file(place)).name}  {caption}")
         words.text([6, len(pair) - 24], text, txt_color=(0, 0, 0))
         pairs.append(words.result())
         if len(pairs) == count:
@@ -138,19 +137,19 @@ def _row(pairs: list[np.ndarray], width: int) -> np.ndarray:
     return row
 
 
-def same_images(truth: dict[str, Any]) -> list[dict[str, Any]]:
-    """COCO images evenly drawn from the split, SHOWN of them: the same ones every time."""
-    every = max(len(truth["images"]) // SHOWN, 1)
-    return truth["images"][::every][:SHOWN]
+def same_images(truth: Truth) -> list[int]:
+    """Places of images evenly drawn from the split, SHOWN of them: the same ones every time."""
+    every = max(len(truth) // SHOWN, 1)
+    return [*range(0, len(truth), every)][:SHOWN]
 
 
-def boxes_on(image: dict[str, Any], truth: dict[str, Any], detections: np.ndarray) -> tuple[list[Box], list[Box]]:
-    """The truth on a COCO image, without scores, and the detections from CONFIDENCE on."""
-    marks: list[Box] = [
-        (a["bbox"], a["category_id"], None) for a in truth["annotations"] if a["image_id"] == image["id"]
-    ]
-    rows = detections[(detections[:, 0] == image["id"]) & (detections[:, 5] >= CONFIDENCE)].tolist()
-    return marks, [(row[1:5], int(row[6]), row[5]) for row in rows]
+def boxes_on(place: int, truth: Truth, detections: np.ndarray) -> tuple[list[Box], list[Box]]:
+    """The truth on an image, without scores, and the detections from CONFIDENCE on."""
+    found = truth.marks(np.array([place]))
+    marks: list[Box] = [(b, c, None) for b, c in zip(found.boxes.tolist(), found.category.tolist(), strict=True)]
+    first, last = np.searchsorted(detections[:, 0], (truth.ids[place], truth.ids[place] + 1))  # they are by image id
+    rows = detections[first:last]
+    return marks, [(row[1:5], int(row[6]), row[5]) for row in rows[rows[:, 5] >= CONFIDENCE].tolist()]
 
 
 def _tile(picture: np.ndarray, marks: list[Box], names: dict[int, str], colour: dict) -> np.ndarray:
@@ -181,11 +180,12 @@ def small_picture(file: str) -> np.ndarray | None:
     return cv2.cvtColor(cv2.resize(picture, None, fx=scale, fy=scale), cv2.COLOR_BGR2RGB)
 
 
-def draw_labels(labels: list[Labels], names: dict[int, str], folder: Path) -> None:
-    """labels.png: how often each class occurs, and where and how large its boxes are."""
+def draw_labels(labels: Labels, names: dict[int, str], folder: Path) -> None:
+    """labels.png: how often each class occurs, and where and how large its boxes are, on at most LABELLED images."""
     names = drawable(names)
-    boxes, classes = np.concatenate([entry.boxes for entry in labels]), np.concatenate([entry.cls for entry in labels])
-    plot_labels(boxes, classes, names, folder)
+    places = np.arange(min(len(labels), LABELLED)) * len(labels) // min(len(labels), LABELLED)
+    _, classes, boxes = labels.boxes(places)
+    plot_labels(boxes, classes.astype(float), names, folder)
     drawn = folder / "labels.jpg"  # as Ultralytics names it
     Image.open(drawn).save(folder / "labels.png")
     drawn.unlink()

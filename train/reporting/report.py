@@ -15,8 +15,10 @@ from torch.utils.data import DataLoader
 
 from train.config.errors import InputError
 from train.config.options import EvalConfig
+from train.data.labels import Labels
 from train.evaluation.coco import diagnose
 from train.evaluation.evaluate import Evaluation
+from train.evaluation.truth import Truth
 from train.processes import status
 from train.processes.collectives import on_main
 from train.processes.devices import processes
@@ -73,12 +75,18 @@ class Report:
                 self.say(f"warning: {what} could not be written ({reason}); the run goes on")
                 self.console.logger.info("the traceback", exc_info=not isinstance(error, OSError))
 
-    def faults(self, faults: list[str]) -> None:
-        """Say how many images are left out, and list them with the reasons in the run's folder."""
-        if faults:
-            self.going_on("faults.txt", lambda: self.results.write("faults.txt", "\n".join(faults) + "\n"))
+    def faults(self, *labels: Labels) -> None:
+        """Say how many images are left out, and list them with the reasons in the run's folder (collective)."""
+
+        def write() -> tuple[int, str]:
+            if found := [fault for one in labels for fault in one.faults]:
+                self.going_on("faults.txt", lambda: self.results.write("faults.txt", "\n".join(found) + "\n"))
+            return len(found), found[0] if found else ""
+
+        number, first = on_main(self.accelerator, write)
+        if number:
             where = self.folder / "faults.txt"
-            self.say(f"warning: {len(faults)} images are left out; {where} says why. First: {faults[0]}")
+            self.say(f"warning: {number} images are left out; {where} says why. First: {first}")
 
     def processes(self, config: EvalConfig, precision: str) -> None:
         """How many processes on which device, and what they compute in."""
@@ -114,7 +122,7 @@ class Report:
         self.watch.end()
         self.say(lines.timing_line(result))
 
-    def evaluation(self, evaluation: Evaluation, truth: dict[str, Any], config: EvalConfig) -> None:
+    def evaluation(self, evaluation: Evaluation, truth: Truth, config: EvalConfig) -> None:
         """Metrics, predictions and truth as JSON, then COCO's table on the console, then pictures (collective)."""
         self.keep_results(lambda: self.results.evaluation(evaluation, truth, config.subset))
         found: list[dict[str, Any] | None] = [None]

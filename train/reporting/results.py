@@ -11,6 +11,7 @@ from typing import Any
 from train.config.options import EvalConfig
 from train.evaluation.coco import metric_names
 from train.evaluation.evaluate import Evaluation
+from train.evaluation.truth import Truth
 from train.processes.files import whole_file
 from train.training.meter import Window
 from train.training.state import TrainState
@@ -49,12 +50,12 @@ class Results:
                 writer.writeheader()
                 writer.writerows(rows)
 
-    def evaluation(self, evaluation: Evaluation, truth: dict[str, Any], subset: bool) -> None:
+    def evaluation(self, evaluation: Evaluation, truth: Truth, subset: bool) -> None:
         """metrics.json, predictions.json and ground_truth.json, unrounded.
 
         Args:
             evaluation: what was found.
-            truth: COCO ground truth.
+            truth: of the split.
             subset: whether only a part of the split was evaluated; the metrics then go by other names.
         """
         if not self.writes:
@@ -67,7 +68,7 @@ class Results:
             for row in evaluation.detections.tolist()
         ]
         self.write("predictions.json", json.dumps(rows))
-        self.write("ground_truth.json", json.dumps(truth))
+        self.write("ground_truth.json", json.dumps(truth.dataset()))
         self.write("metrics.json", json.dumps(metrics, indent=2))
 
     def tide(self, tide: dict[str, float]) -> None:

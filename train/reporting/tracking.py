@@ -19,6 +19,7 @@ from accelerate import Accelerator
 import train
 from train.config.options import TrainConfig
 from train.evaluation.evaluate import Evaluation
+from train.evaluation.truth import Truth
 from train.processes.collectives import on_main
 from train.reporting.repository import git_state
 from train.reporting.results import versions
@@ -136,7 +137,7 @@ class Tracking:
             self.accelerator.trackers, self.run = [], None
 
     def epoch(
-        self, state: TrainState, speed: dict[str, float], result: Evaluation | None, truth: dict[str, Any], last: bool
+        self, state: TrainState, speed: dict[str, float], result: Evaluation | None, truth: Truth, last: bool
     ) -> None:
         """An epoch's numbers, and at most RICH times a run what W&B shows beyond numbers.
 
@@ -144,7 +145,7 @@ class Tracking:
             state: after the epoch, whose row it has.
             speed: throughput, waits and gradient norm of the epoch.
             result: the validation, if there was one.
-            truth: COCO ground truth, whose `file_name` are paths.
+            truth: of the split.
             last: whether this may be the last epoch.
         """
         if not self.accelerator.trackers:
@@ -155,7 +156,7 @@ class Tracking:
         numbers = {name: value for name, value in row.items() if value is not None} | speed | {"lr": row["lr/pg0"]}
         self.log(numbers, row["global_step"])
 
-    def _show(self, state: TrainState, result: Evaluation | None, truth: dict[str, Any], last: bool) -> None:
+    def _show(self, state: TrainState, result: Evaluation | None, truth: Truth, last: bool) -> None:
         """What W&B shows beyond numbers, with the epoch's row."""
         from train.reporting import wandb_page  # imports W&B: 0.3 s
 

@@ -11,9 +11,10 @@ from accelerate import Accelerator
 
 from train.config.errors import InputError
 from train.config.options import TrainConfig
-from train.data.formats import Labels
+from train.data.labels import Labels
 from train.data.sets import TrainSet
 from train.evaluation.evaluate import Evaluation
+from train.evaluation.truth import Truth
 from train.processes import status
 from train.processes.collectives import on_main
 from train.processes.cores import Usage, core_count, shared_cores
@@ -43,9 +44,7 @@ class TrainingReport(Report):
         self.drawn = -DRAWN
         self.usage = Usage.now()
 
-    def banner(
-        self, precision: str, origin: str, data: str, schedule: Schedule, train: TrainSet, val: list[Labels]
-    ) -> None:
+    def banner(self, precision: str, origin: str, data: str, schedule: Schedule, train: TrainSet, val: Labels) -> None:
         """What is about to happen: processes, precision, model, data, the arithmetic of the batch.
 
         Args:
@@ -175,14 +174,14 @@ class TrainingReport(Report):
         )
         return epochs
 
-    def epoch(self, state: TrainState, result: Evaluation | None, truth: dict[str, Any], last: bool) -> None:
+    def epoch(self, state: TrainState, result: Evaluation | None, truth: Truth, last: bool) -> None:
         """The epoch's lines of metrics, where it was validated; its row in results.csv; pictures; its point in the
         trackers.
 
         Args:
             state: after the epoch; gets the row.
             result: of the validation, if there was one.
-            truth: COCO ground truth.
+            truth: of the split.
             last: whether this may be the last epoch.
         """
         assert state.whole is not None
@@ -198,10 +197,10 @@ class TrainingReport(Report):
             self.drawn = time.perf_counter()
         self.tracking.epoch(state, state.whole.speed(), result, truth, last)
 
-    def _draw_epoch(self, state: TrainState, result: Evaluation | None, truth: dict[str, Any]) -> None:
+    def _draw_epoch(self, state: TrainState, result: Evaluation | None, truth: Truth) -> None:
         plots().draw_results(state.rows, self.config.val_name, self.folder / "results.png")
         if result:
-            same = [(image, "") for image in plots().same_images(truth)]
+            same = [(place, "") for place in plots().same_images(truth)]
             plots().draw_page(result.detections, truth, same, self.folder / "val_batch.jpg")
 
     def keep_results(self, work: Callable[[], Any]) -> None:

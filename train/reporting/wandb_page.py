@@ -10,6 +10,7 @@ from wandb.plot import CustomChart
 from train.config.words import printable
 from train.evaluation.coco import COLUMNS, diagnose
 from train.evaluation.evaluate import Evaluation
+from train.evaluation.truth import Truth
 from train.reporting.plots import CONFIDENCE, Box, boxes_on, same_images, small_picture
 from train.training.state import TrainState
 
@@ -25,11 +26,11 @@ def charts(rows: list[dict[str, Any]], val: str) -> dict[str, Any]:
     return shown
 
 
-def tables(result: Evaluation, truth: dict[str, Any], val: str) -> dict[str, Any]:
+def tables(result: Evaluation, truth: Truth, val: str) -> dict[str, Any]:
     """AP by class, precision-recall curves, the confusion matrix, and images with truth and detections as boxes."""
     by_class = [[name, *(values[c] for c in COLUMNS)] for name, values in result.per_class.items()]
     shown: dict[str, Any] = {f"{val}/per_class": wandb.Table(columns=["class", *COLUMNS], data=by_class)}
-    by_id = {category["id"]: category["name"] for category in truth["categories"]}
+    by_id = truth.names
     names = [by_id[id_] for id_ in result.curves.category_ids]
     curves = [
         [name, round(i / 20, 2), float(precision[i * 5])]
@@ -53,15 +54,16 @@ def tables(result: Evaluation, truth: dict[str, Any], val: str) -> dict[str, Any
             {"title": f"Confusion at confidence {CONFIDENCE}"},
         )  # fmt: skip
     pictures = []
-    for image in same_images(truth):
-        marks, found = boxes_on(image, truth, result.detections)
+    for place in same_images(truth):
+        image, file = truth.size_of(place), truth.file(place)
+        marks, found = boxes_on(place, truth, result.detections)
         boxes = {
             kind: {"box_data": [_wandb_box(mark, image, by_id) for mark in some], "class_labels": by_id}
             for kind, some in (("truth", marks), ("detections", found))
         }
-        picture = small_picture(image["file_name"])
+        picture = small_picture(file)
         if picture is not None:
-            caption = f"{printable(Path(image['file_name']).name)}: {len(marks)} boxes, {len(found)} detections"
+            caption = f"{printable(Path(file).name)}: {len(marks)} boxes, {len(found)} detections"
             pictures.append(wandb.Image(picture, boxes=boxes, caption=caption, file_type="jpg"))
     shown[f"{val}/examples"] = pictures  # a panel with a slider over the epochs
     return shown

@@ -1,0 +1,233 @@
+"""COCO's files: truth from an annotation file, detections from a results file."""
+
+import json
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate import Accelerator
+
+from train.config.errors import InputError
+from train.config.options import EvalConfig
+from train.config.plain import checked_name
+from train.data.formats import check_regular
+from train.data.labels import Labels
+from train.evaluation.truth import Marks, Truth
+from train.processes.collectives import on_main
+
+# How reading a JSON file fails that holds something else
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError, RecursionError)
+
+
+def _json(file: str) -> Any:
+    check_regular(file)
+    return json.loads(Path(file).read_text(encoding="utf-8-sig"))
+
+
+def _reason(error: BaseException, where: str) -> str:
+    """What is wrong with a JSON file, in words: Python's own would be of its types."""
+    if isinstance(error, KeyError):
+        return f"{where} has no {error}"
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    if isinstance(error, UnicodeDecodeError):
+        return "it is not UTF-8"
+    if isinstance(error, json.JSONDecodeError):
+        return f"it is no JSON: {error}"
+    return f"{where} is not what COCO has there"
+
+
+def _span(ids: list[int]) -> str:
+    return f"{min(ids)} to {max(ids)}" if ids else "none"
+
+
+def read_annotations(file: str) -> Truth:
+    """A COCO annotation file with boxes, as far as this project uses it.
+
+    Raises:
+        InputError: it is not one.
+    """
+    place = "it"
+
+    def each(kind: str) -> Iterator[dict[str, Any]]:
+        nonlocal place
+        for number, entry in enumerate(content[kind], 1):
+            place = f"entry {number} of `{kind}`"
+            yield entry
+        place = "it"
+
+    try:
+        content = _json(file)
+        truth: dict[str, list[dict[str, Any]]] = {
+            "images": [
+                {
+                    "id": int(i["id"]),
+                    "file_name": str(i["file_name"]),
+                    "width": int(i["width"]),
+                    "height": int(i["height"]),
+                }
+                for i in each("images")
+            ],
+            "annotations": [
+                {
+                    "id": number,
+                    "image_id": int(a["image_id"]),
+                    "category_id": int(a["category_id"]),
+                    "bbox": [float(x) for x in a["bbox"]],
+                    "area": float(a.get("area", a["bbox"][2] * a["bbox"][3])),
+                    "iscrowd": int(a.get("iscrowd", 0)),
+                }
+                for number, a in enumerate(each("annotations"), 1)
+            ],
+            "categories": [{"id": int(c["id"]), "name": str(c["name"])} for c in each("categories")],
+        }
+    except UNREADABLE as error:
+        reason = _reason(error, place)
+        raise InputError(f"--annotations {file} is not a COCO annotation file that can be read: {reason}") from None
+    names: dict[str, int] = {}
+    for category in truth["categories"]:
+        name = checked_name(category["name"], f"--annotations {file}: category {category['id']}")
+        if name in names:
+            raise InputError(
+                f"--annotations {file}: the categories {names[name]} and {category['id']} are both {name!r}."
+            )
+        names[name] = category["id"]
+    known = {kind: {entry["id"] for entry in truth[kind]} for kind in ("images", "categories")}
+    for kind, ids in known.items():
+        if len(ids) < len(truth[kind]):
+            raise InputError(f"--annotations {file} has an id twice among its {kind}.")
+    for a in truth["annotations"]:
+        if len(a["bbox"]) != 4 or not np.isfinite([*a["bbox"], a["area"]]).all():
+            raise InputError(f"--annotations {file}: annotation {a['id']} has the bbox {a['bbox']}, not four numbers.")
+        if a["image_id"] not in known["images"] or a["category_id"] not in known["categories"]:
+            raise InputError(
+                f"--annotations {file}: annotation {a['id']} is of image {a['image_id']} and category "
+                f"{a['category_id']}, which the file does not list."
+            )
+    return as_truth(truth)
+
+
+def as_truth(content: dict[str, Any]) -> Truth:
+    """A COCO annotation dict as arrays."""
+    images, marks = content["images"], content["annotations"]
+    ids = np.array([image["id"] for image in images], np.int64)
+    place = {id_: i for i, id_ in enumerate(ids.tolist())}
+    image = np.array([place[a["image_id"]] for a in marks], np.int64)
+    order = np.argsort(image, kind="stable")  # within an image the order decides between boxes that fit as well
+    columns = (
+        np.array([a["category_id"] for a in marks], np.int64),
+        np.array([a["bbox"] for a in marks], np.float64).reshape(-1, 4),
+        np.array([a["area"] for a in marks], np.float64),
+        np.array([a["iscrowd"] for a in marks], np.int64),
+    )
+    sizes = np.array([(image["height"], image["width"]) for image in images], np.int64).reshape(-1, 2)
+    files = [image["file_name"] for image in images]
+    own = Marks(image[order], *(column[order] for column in columns))
+    return Truth(ids, content["categories"], sizes, files.__getitem__, own=own)
+
+
+def own_truth(file: str, labels: Labels, names: dict[int, str], config: EvalConfig, said: Truth) -> Truth:
+    """The part of an annotation file that is about these images and classes; images are matched by file name.
+
+    Args:
+        file: its name.
+        labels: of the images.
+        names: class names by class index.
+        config: the classes that count.
+        said: what the whole file says.
+
+    Raises:
+        InputError: it lacks an image or a class.
+    """
+    by_name = defaultdict(list)
+    for place in range(len(said)):
+        by_name[Path(said.file(place)).name].append(place)
+    found: list[int] = []
+    missing: list[str] = []
+    for i in range(len(labels)):
+        im_file = labels.file(i)
+        same = by_name.get(Path(im_file).name, [])
+        if len(same) > 1:  # then the folders must tell them apart
+            same = [place for place in same if Path(im_file).as_posix().endswith(f"/{said.file(place)}")]
+        found += same[:1]
+        missing += [] if len(same) == 1 else [im_file]
+    if missing:
+        raise InputError(f"--annotations {file} lacks {len(missing)} of {len(labels)} images, first {missing[0]}.")
+    if len(set(found)) < len(found):
+        raise InputError(f"--annotations {file}: two images of the split are one in the file by name.")
+    ids = {name: id_ for id_, name in said.names.items()}
+    unknown = [] if config.single_cls else [name for name in names.values() if name not in ids]
+    if unknown:
+        raise InputError(f"--annotations {file} has no category named {', '.join(unknown)}; it has {', '.join(ids)}.")
+    category_ids = {index: 0 if config.single_cls else ids[name] for index, name in names.items()}
+    chosen = set(ids.values()) if config.single_cls else set(category_ids.values())
+    if config.classes is not None:
+        chosen = {ids[name] for name in ids if name in {names[index] for index in config.classes if index in names}}
+    places = np.array(found, np.int64)
+    marks = said.marks(places)
+    keep = np.isin(marks.category, sorted(chosen))
+    here = np.repeat(np.arange(len(places)), said.first[places + 1] - said.first[places])
+    category = np.zeros_like(marks.category) if config.single_cls else marks.category
+    marks = Marks(here[keep], category[keep], marks.boxes[keep], marks.area[keep], marks.crowd[keep])
+    categories = [{"id": category_ids[index], "name": name} for index, name in names.items()]
+    return Truth(said.ids[places], categories, said.sizes[places], labels.file, own=marks)
+
+
+def read_predictions(file: str) -> np.ndarray:
+    """The rows of a COCO results file, by image id, in the file's order within an image.
+
+    Raises:
+        InputError: it is not a results file.
+    """
+    try:
+        content = _json(file)
+        if not isinstance(content, list):
+            raise KeyError("image_id")
+        rows = np.array([[d["image_id"], *d["bbox"], d["score"], d["category_id"]] for d in content], dtype=np.float64)
+        rows = rows.reshape(len(content), 7)
+    except UNREADABLE as error:
+        raise InputError(
+            f"--predictions {file} is not a COCO results file, a list of image_id, category_id, bbox, score: "
+            f"{_reason(error, 'an entry')}"
+        ) from None
+    if not np.isfinite(rows).all():
+        raise InputError(f"--predictions {file} holds a value that is not a finite number.")
+    return rows[np.argsort(rows[:, 0], kind="stable")]
+
+
+def check_predictions(file: str, rows: np.ndarray, truth: Truth) -> None:
+    """Raise InputError where detections name images or categories that the truth does not have."""
+    for column, what, known in ((0, "image", truth.ids.tolist()), (6, "category", [*truth.names])):
+        unknown = np.setdiff1d(rows[:, column], known)
+        if len(unknown):
+            raise InputError(
+                f"--predictions {file} names {what} ids that the data set does not have, {len(unknown)} of them: "
+                f"{', '.join(f'{id_:g}' for id_ in unknown[:5])}; known are {_span(known)}."
+            )
+
+
+def read_truth(labels: Labels | None, names: dict[int, str], config: EvalConfig, accelerator: Accelerator) -> Truth:
+    """The COCO truth of these images, or of all in the annotation file (collective).
+
+    It is what the labels say, or --annotations, whose image ids the labels then take over. The main process alone
+    reads that file, and alone has what is in it.
+
+    Raises:
+        InputError: on all ranks, where the annotation file cannot be used.
+    """
+    if not config.annotations:
+        assert labels is not None
+        return Truth.of_labels(labels, names)
+    whole: list[Truth] = []
+
+    def read() -> tuple[np.ndarray, list[dict[str, Any]]]:
+        said = read_annotations(config.annotations)
+        whole.append(said if labels is None else own_truth(config.annotations, labels, names, config, said))
+        return whole[0].ids, whole[0].categories
+
+    ids, categories = on_main(accelerator, read)
+    if labels is not None:
+        labels.own_ids = ids
+    return whole[0] if whole else Truth(ids, categories, np.zeros((len(ids), 2), np.int64), str)
