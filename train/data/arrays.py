@@ -36,10 +36,13 @@ def write_arrays(path: Path, arrays: dict[str, np.ndarray], about: dict[str, str
     arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     sums = {name: zlib.crc32(array.data) if array.size else 0 for name, array in arrays.items()}
     try:
+        draft.touch()
+        mode = draft.stat().st_mode  # as the user wants it; safetensors' is for its owner alone
         try:
             save_file(arrays, draft, metadata=about | {"checksums": json.dumps(sums)})
         except SafetensorError as error:  # of which the words alone tell what has happened
             raise OSError(str(error)) from None
+        os.chmod(draft, mode)
         with open(draft, "rb") as file:
             os.fsync(file.fileno())
         os.replace(draft, path)

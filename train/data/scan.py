@@ -5,15 +5,15 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Callable, Iterable
-from itertools import islice
-from multiprocessing.pool import ThreadPool
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from torch.utils.data import DataLoader
 
 import train
 from train.config.errors import InputError
@@ -28,8 +28,9 @@ from train.data.listing import DataFiles, label_file
 from train.processes.cores import cores_of_rank
 from train.processes.devices import launched, local_processes, machine
 from train.processes.files import cache_folder, network_disk
+from train.processes.parent import end_with_parent
 
-BLOCK = 4096  # images whose labels are kept one by one before they are packed
+BLOCK = 512  # images that a worker reads before it hands over what it has read
 Counted = Callable[[Iterable[Any], int], Iterable[Any]]
 
 
@@ -152,17 +153,44 @@ def _build(
 
 
 def _read(files: list[str], base: str, data: DataFiles, counted: Counted) -> dict[str, np.ndarray]:
-    """The labels of some images, packed."""
+    """The labels of some images, packed. By processes, for threads would wait for each other."""
+    blocks = _Blocks(files, base, data.keypoints)
+    workers = min(cores_of_rank(), len(blocks)) if len(blocks) > 1 else 0
+    loader: DataLoader = DataLoader(
+        blocks,  # type: ignore[arg-type]  # a sequence is a data set
+        batch_size=None, collate_fn=_as_it_is, num_workers=workers, worker_init_fn=end_with_parent,
+        generator=torch.Generator(),  # the global one is the run's
+    )  # fmt: skip
+    done = [pack([], base)]
 
-    def one(file: str) -> Any:
-        return read_image(file, label_file(file), 0, sys.maxsize, data.keypoints)
+    def images() -> Iterator[None]:
+        for block in loader:
+            done.append(block)
+            yield from [None] * len(block["sizes"])
 
-    blocks = [pack([], base)]
-    with ThreadPool(max(min(8, cores_of_rank()), 1)) as pool:
-        read = iter(counted(pool.imap(one, files, max(1, min(16, len(files) // 32))), len(files)))
-        while some := [*islice(read, BLOCK)]:
-            blocks.append(pack(some, base))
-    return join(blocks)
+    for _ in counted(images(), len(files)):
+        pass
+    return join(done)
+
+
+def _as_it_is(block: Any) -> Any:
+    return block
+
+
+class _Blocks(Sequence[dict[str, np.ndarray]]):
+    """The labels of some images, read when they are asked for, a block at a time."""
+
+    def __init__(self, files: list[str], base: str, keypoints: tuple[int, ...]):
+        self.files, self.base, self.keypoints = files, base, keypoints
+
+    def __len__(self) -> int:
+        return -(-len(self.files) // BLOCK)
+
+    def __getitem__(self, i: Any) -> Any:
+        if i >= len(self):
+            raise IndexError(i)
+        files = self.files[i * BLOCK : (i + 1) * BLOCK]
+        return pack([read_image(f, label_file(f), 0, sys.maxsize, self.keypoints) for f in files], self.base)
 
 
 def _join(parts: list[Path], found: Found, data: DataFiles, files: list[str]) -> tuple[str, str]:
