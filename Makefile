@@ -16,7 +16,7 @@ QUICK := --imgsz 160 --epochs 15 --batch 16 --nbs 16 --optimizer AdamW --lr0 0.0
 OWN = $(findstring --data,$(ARGS))$(findstring --cfg,$(ARGS))$(findstring --resume,$(ARGS))
 LAST_WEIGHTS = $$(ls -t runs/detect/*/weights/best.pt 2>/dev/null | head -n 1)
 
-.PHONY: help train validate doctor test test-slow test-cuda fuzz bench-eval bench-log bench-quick bench-save soak hashes check clean
+.PHONY: help train validate doctor test test-slow test-cuda fuzz bench-eval bench-log bench-quick bench-save soak hashes check clean clean-cache
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -67,6 +67,9 @@ bench-save: .venv/installed-dev  ## measure what saving a run costs, and what it
 
 hashes: .venv/installed-dev  ## hashes of five trainings, to be compared with another commit's: ARGS="--data coco128.yaml"
 	@exec $(PY) -m tests.hashes $(ARGS)
+
+clean-cache: .venv/installed  ## remove decoded images (--cache) that no run uses: from the memory, and from the disk
+	@exec $(PY) -m train.data.cache $(ARGS)
 
 clean:  ## remove .venv and caches; keeps datasets/ and runs/
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

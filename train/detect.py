@@ -22,8 +22,10 @@ from typing import Any
 from torch import nn
 
 from train.config.errors import InputError
-from train.config.options import TrainConfig, seconds_of
+from train.config.options import TrainConfig
 from train.config.reading import AUTO
+from train.config.words import seconds_of
+from train.data.cache import cache_images
 from train.data.files import find_data
 from train.data.fingerprint import fingerprint
 from train.data.labels import check_usable, train_labels, val_labels
@@ -127,6 +129,9 @@ def main(config: TrainConfig) -> None:
     detector = model  # without the wrapping that prepare() adds
     train_set = TrainSet(train_images, data.names, data.channels, config, stride)
     val_set = ValSet(val_images, data.names, data.channels, config.imgsz, stride, config.rect is not False)
+    report.watch.begin("caching images")
+    cache_images({"train": train_set, "val": val_set}, config, accelerator, report.say, report.caching)
+    report.watch.end()
     schedule = Schedule(config, len(train_set), len(data.names), saved["picked"] if saved else "")
     model, optimizer = accelerator.prepare(model, build_optimizer(model, schedule))
     model = without_buffer_broadcast(model)

@@ -13,7 +13,8 @@ import torch
 from tests.conftest import DETECT, ROOT, TINY, state_of, succeed
 from tests.reporting.wandb_file import read
 from tests.soak import SHORT, Kill, contents, differing, soak, train_over
-from train.config.options import TrainConfig, seconds_of
+from train.config.options import TrainConfig
+from train.config.words import seconds_of
 from train.processes.files import hold
 from train.training.optim import epochs_within
 from train.training.resume import find_run, indivisible

@@ -6,16 +6,15 @@ side.
 
 import importlib.util
 import math
-import re
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import torch
 
 from train.config.errors import InputError
+from train.config.words import ABOVE_0, outside, seconds_of
 
 Precision = Literal["auto", "bf16", "fp16", "no"]
-ABOVE_0 = 1e-9
 C = TypeVar("C", bound="EvalConfig")
 
 
@@ -122,13 +121,13 @@ class EvalConfig(Data, Validation, Computing, Logging, Trust):
 
     def faults(self) -> list[str]:
         """Every value that cannot work, one sentence each, with the flag to change."""
-        faults = _outside(self, 32, 16384, "imgsz") + _outside(self, 1, 100_000, "val_batch", "max_det")
-        faults += _outside(self, 0, 1, "conf", "iou") + _outside(self, 0, math.inf, "workers", "hang_timeout")
-        faults += _outside(self, ABOVE_0, 1, "val_fraction")
+        faults = outside(self, 32, 16384, "imgsz") + outside(self, 1, 100_000, "val_batch", "max_det")
+        faults += outside(self, 0, 1, "conf", "iou") + outside(self, 0, math.inf, "workers", "hang_timeout")
+        faults += outside(self, ABOVE_0, 1, "val_fraction")
         if self.log_interval is not None:
-            faults += _outside(self, 1, math.inf, "log_interval")
+            faults += outside(self, 1, math.inf, "log_interval")
         if self.val_limit is not None:
-            faults += _outside(self, 1, math.inf, "val_limit")
+            faults += outside(self, 1, math.inf, "val_limit")
         if self.annotations and self.single_cls and self.classes is not None:
             faults.append("--annotations goes with --single-cls or with --classes, not with both.")
         if self.coco_eval == "hotcoco" and importlib.util.find_spec("hotcoco") is None:
@@ -171,6 +170,10 @@ class Training:
     """Nominal batch: gradients are summed over batches until they make up about this many images, then one step."""
     fraction: float = 1.0
     """Share of the train images to use, or their number where it is above 1."""
+    cache: Literal["ram", "disk"] | None = None
+    """Keep the images decoded, at training size, once for all processes: in /dev/shm, or on the disk of the indexes."""
+    cache_limit: float = 200
+    """GB that --cache disk may take; caches not used for longest make way. `make clean-cache` removes all."""
     freeze: int | tuple[int | str, ...] | None = None
     """Layers that are not trained: the first N, or several by index or name (`--freeze 0 1 22.cv2`)."""
     local_loss_norm: bool = False
@@ -312,17 +315,18 @@ class TrainConfig(Training, Recipe, Augmentation, Output, Resuming, Wandb, EvalC
 
     def faults(self) -> list[str]:
         """Every value that cannot work, one sentence each, with the flag to change."""
-        faults = super().faults() + _outside(self, 1, math.inf, "epochs", "nbs", "patience")
-        faults += _outside(self, 1, 100_000, "batch") + _outside(self, 0, 2**32 - 1, "seed")  # what NumPy takes
-        faults += _outside(self, 1, math.inf, "val_interval")
-        faults += _outside(self, 0, math.inf, "lr0", "lrf", "weight_decay", "warmup_epochs", "warmup_bias_lr")
-        faults += _outside(self, 0, math.inf, "close_mosaic", "box", "cls", "dfl", "degrees", "shear")
-        faults += _outside(self, 0, 0.9999, "momentum", "warmup_momentum", "multi_scale")
-        faults += _outside(self, 0, 1, "hsv_h", "hsv_s", "hsv_v", "translate", "scale", "flipud", "fliplr", "bgr")
-        faults += _outside(self, 0, 1, "mosaic", "mixup", "cutmix", "copy_paste", "cls_pw")
-        faults += _outside(self, 0, 0.001, "perspective") + _outside(self, ABOVE_0, math.inf, "fraction")
+        faults = super().faults() + outside(self, 1, math.inf, "epochs", "nbs", "patience")
+        faults += outside(self, 1, 100_000, "batch") + outside(self, 0, 2**32 - 1, "seed")  # what NumPy takes
+        faults += outside(self, 1, math.inf, "val_interval")
+        faults += outside(self, 0, math.inf, "lr0", "lrf", "weight_decay", "warmup_epochs", "warmup_bias_lr")
+        faults += outside(self, 0, math.inf, "close_mosaic", "box", "cls", "dfl", "degrees", "shear")
+        faults += outside(self, 0, 0.9999, "momentum", "warmup_momentum", "multi_scale")
+        faults += outside(self, 0, 1, "hsv_h", "hsv_s", "hsv_v", "translate", "scale", "flipud", "fliplr", "bgr")
+        faults += outside(self, 0, 1, "mosaic", "mixup", "cutmix", "copy_paste", "cls_pw")
+        faults += outside(self, 0, 0.001, "perspective") + outside(self, ABOVE_0, math.inf, "fraction")
+        faults += outside(self, ABOVE_0, math.inf, "cache_limit")
         if self.time is not None:
-            faults += _outside(self, ABOVE_0, math.inf, "time")
+            faults += outside(self, ABOVE_0, math.inf, "time")
         if isinstance(self.save_interval, int) and self.save_interval < 1:
             faults.append(
                 f"--save-interval is {self.save_interval}; it must be 1 or more steps, or a time such as 15m."
@@ -373,22 +377,3 @@ class ValConfig(Evaluating, Files, EvalConfig):
         if self.predictions and not (self.data or self.annotations):
             faults.append("--predictions needs --data, the data set, or --annotations, a COCO annotation file.")
         return faults
-
-
-def seconds_of(time: str) -> float:
-    """Seconds of a time such as 11h30m, 1.5h, 15m or 45s; 0 where it is none."""
-    parts = re.fullmatch(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s)?", time.strip().lower())
-    return sum(float(n) * unit for n, unit in zip(parts.groups(), (3600, 60, 1), strict=True) if n) if parts else 0.0
-
-
-def _outside(config: Any, low: float, high: float, *names: str) -> list[str]:
-    """One sentence for each of the named options whose value is not between low and high."""
-    if low == ABOVE_0:
-        wanted = "above 0" + (f" and at most {high:.10g}" if high < math.inf else "")
-    else:
-        wanted = f"between {low:.10g} and {high:.10g}" if high < math.inf else f"{low:.10g} or more"
-    return [
-        f"--{name.replace('_', '-')} is {getattr(config, name)!r}; it must be {wanted}."
-        for name in names
-        if not low <= getattr(config, name) <= high or getattr(config, name) == math.inf
-    ]

@@ -27,7 +27,7 @@ FROM_FILE = frozenset(
 # What may differ between the machines of a run: where things are, and what concerns one process or machine alone.
 OF_A_MACHINE = frozenset({
     "data", "annotations", "model", "weights", "predictions", "project", "save_dir", "log_file", "resume", "workers",
-    "index_dir", "index_check", "progress", "log_level", "hang_timeout", "trust_checkpoint",
+    "index_dir", "index_check", "cache", "cache_limit", "progress", "log_level", "hang_timeout", "trust_checkpoint",
     *(field.name for field in fields(Wandb)), "wandb_entity",
 })  # fmt: skip
 # What may change when a run is gone on with: its length, and what moves no number or only what validation costs. The
@@ -35,7 +35,7 @@ OF_A_MACHINE = frozenset({
 MAY_CHANGE = frozenset({
     "epochs", "workers", "save_interval", "save_period", "time_limit", "plots", "trackers", "mixed_precision",
     "val_precision", "channels_last", "val_interval", "val_batch", "coco_eval", "project", "name", "resume", "data",
-    "annotations", "index_dir", "index_check", "trust_checkpoint", "log_file", "wandb_entity",
+    "annotations", "index_dir", "index_check", "cache", "cache_limit", "trust_checkpoint", "log_file", "wandb_entity",
     *(field.name for field in fields(Wandb)),
     *(field.name for field in fields(Logging)),
 })  # fmt: skip

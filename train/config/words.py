@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 import re
 import types
 from typing import Any, Literal, Union, get_args, get_origin
@@ -23,6 +24,7 @@ OTHERS = {
     "label_smoothing": "Ultralytics has taken it out", "rank": "the launcher's", "local_rank": "the launcher's",
     "save": "best.pt and last.pt are always kept", "conf_thres": "--conf", "iou_thres": "--iou",
 }  # fmt: skip
+ABOVE_0 = 1e-9  # the least value of what must be above 0
 JOINERS = "\u200c\u200d"  # within words of some scripts and within emoji
 DASHES = "\u2013\u2014\u2212"
 SWAPPED = {"weights": "--model", "model": "--weights"}  # of train/detect.py and train/validate.py
@@ -93,3 +95,31 @@ def unknown_words(kind: type, unknown: list[str]) -> str:
         else:
             said.append(f"{word!r} belongs to no option; --help says how many values each takes.")
     return "\n".join(said)
+
+
+def seconds_of(time: str) -> float:
+    """Seconds of a time such as 11h30m, 1.5h, 15m or 45s; 0 where it is none."""
+    parts = re.fullmatch(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s)?", time.strip().lower())
+    return sum(float(n) * unit for n, unit in zip(parts.groups(), (3600, 60, 1), strict=True) if n) if parts else 0.0
+
+
+def outside(config: Any, low: float, high: float, *names: str) -> list[str]:
+    """One sentence for each of the named options whose value is not between low and high."""
+    if low == ABOVE_0:
+        wanted = "above 0" + (f" and at most {high:.10g}" if high < math.inf else "")
+    else:
+        wanted = f"between {low:.10g} and {high:.10g}" if high < math.inf else f"{low:.10g} or more"
+    return [
+        f"--{name.replace('_', '-')} is {getattr(config, name)!r}; it must be {wanted}."
+        for name in names
+        if not low <= getattr(config, name) <= high or getattr(config, name) == math.inf
+    ]
+
+
+def in_bytes(number: float) -> str:
+    """A size as people write it: 3.2 MB, 109 GB."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if number < 1000 or unit == "TB":
+            return f"{number:.3g} {unit}" if number < 100 else f"{number:.0f} {unit}"
+        number /= 1000
+    raise AssertionError

@@ -12,6 +12,7 @@ import struct
 import time
 import uuid
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -58,7 +59,7 @@ def _remove_old_drafts(folder: Path) -> None:
                 draft.unlink()
 
 
-def allocate(path: Path, shapes: dict[str, tuple[type, tuple[int, ...]]], about: dict[str, str]) -> None:
+def allocate(path: Path, shapes: Mapping[str, tuple[type, tuple[int, ...]]], about: dict[str, str]) -> None:
     """Make a file of arrays that several processes are going to fill, and take up its room at once.
 
     Args:

@@ -24,6 +24,7 @@ from ultralytics.data.dataset import YOLODataset
 
 from train.config.errors import InputError
 from train.config.options import Augmentation, TrainConfig
+from train.data.imagecache import ImageCache
 from train.data.labels import Labels
 
 PAUSES = (0.1, 1.0, 5.0)  # seconds before an image that cannot be read is tried again
@@ -96,23 +97,40 @@ class Images(YOLODataset):
         self.prefix, self.cache = "", None
         # Ultralytics reads, rewrites and removes .npy files beside the images; these cannot exist.
         self.ims, self.npy_files = _Same(None), _Same(Path(os.devnull) / "none")
+        self.cached: ImageCache | None = None  # decoded images, where there are such
         self.transforms = self.build_transforms(hyp)
 
+    def decode(self, i: int) -> tuple[np.ndarray, tuple[int, int], tuple[int, int]]:
+        """An image as it is in its file, BGR (height, width, channels), its longer side scaled to imgsz; height and
+        width in the file; height and width here.
+
+        Raises:
+            FileNotFoundError: it cannot be read, which is what Ultralytics makes of all reasons.
+            InputError: it has other channels than the data YAML says.
+        """
+        loaded = super().load_image(i)
+        if loaded[0].shape[2] != self.channels:
+            found = f"{self.im_files[i]} has {loaded[0].shape[2]} channels"
+            raise InputError(f"{found}, but the data YAML says channels: {self.channels}.")
+        return loaded
+
     def load_image(self, i: int, *args: Any, **kwargs: Any) -> tuple:
-        """Decode an image. What the scan has found readable is tried again: a network disk may be away for a moment.
+        """The decoded image, from the cache where it is in there. It is not to be written to.
+
+        What the scan has found readable is tried again: a network disk may be away for a moment.
 
         Raises:
             InputError: it stays unreadable.
         """
+        assert not args
+        assert not kwargs
+        row = int(self.scanned.rows[i])
+        if self.cached is not None and (image := self.cached.image(row)) is not None:
+            height, width = self.scanned.source.shapes[row].tolist()
+            return image, (height, width), image.shape[:2]
         for pause in (*PAUSES, None):
             try:
-                loaded = super().load_image(i, *args, **kwargs)
-                if loaded[0].shape[2] != self.channels:
-                    raise InputError(
-                        f"{self.im_files[i]} has {loaded[0].shape[2]} channels, but the data YAML says channels: "
-                        f"{self.channels}."
-                    )
-                return loaded
+                return self.decode(i)
             except FileNotFoundError:  # what Ultralytics makes of any image that cannot be read
                 if pause is None:
                     raise InputError(
@@ -201,6 +219,9 @@ class TrainSet(Images):
 
     def load_image(self, i: int, *args: Any, **kwargs: Any) -> tuple:
         """Decode each image once for a batch. The copy is for transforms that write into the image."""
+        if self.cached is not None:
+            image, *shapes = super().load_image(i, *args, **kwargs)
+            return (image.copy(), *shapes)
         if i not in self._decoded:
             self._decoded[i] = super().load_image(i, *args, **kwargs)
         image, *shapes = self._decoded[i]

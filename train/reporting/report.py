@@ -105,6 +105,10 @@ class Report:
         """The images whose labels this rank reads, under a bar on a terminal."""
         return self.console.counted(images, total, "reading labels", "image")
 
+    def caching(self, images: Iterable[Any], total: int) -> Iterator[Any]:
+        """The images that this rank decodes for the cache, under a bar on a terminal."""
+        return self.console.counted(images, total, "caching images", "image")
+
     def watched(self, loader: DataLoader, silent: str) -> Iterator[dict[str, Any]]:
         """The loader's batches, under a bar on a terminal, noting how far this rank has come."""
         self.watch.begin(silent, progress=True)

@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-from train.config.options import TrainConfig, seconds_of
+from train.config.options import TrainConfig
+from train.config.words import seconds_of
 from train.evaluation.evaluate import Evaluation
 from train.model.weights import as_checkpoint
 from train.processes.collectives import on_main
