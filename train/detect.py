@@ -56,6 +56,7 @@ from train.processes.signals import Ended, limit
 from train.processes.stops import Stop
 from train.reporting.training_report import TrainingReport
 from train.training.engine import train_one_epoch
+from train.training.lost import LostImages
 from train.training.meter import Meter
 from train.training.optim import Schedule, build_optimizer
 from train.training.resume import find_run, in_place, indivisible, nothing_left, open_folder, read_run
@@ -160,16 +161,21 @@ def main(config: TrainConfig) -> None:
     # What validation depends on is kept in the checkpoints, so that validate.py repeats it: the YAML's whole path, too.
     validated = replace(config, data=data.name, mixed_precision=config.val_precision or config.mixed_precision)
     saves, stop = Saves(state, meter, given, images, weights), Stop(accelerator)
+    lost = LostImages(accelerator, positions, state.lost)
     best: Evaluation | None = None
     while (epoch := state.epoch + 1) < schedule.config.epochs and epoch - 1 - state.best_epoch < config.patience:
         positions.set(epoch, state.batches, schedule.closed(epoch))
         state.begin()
         report.epoch_starts(state, schedule)
-        batches = served(meter.timed(train_batches), state, report)
+        batches = served(meter.timed(train_batches), state, report, lost)
         for progress in train_one_epoch(state, batches, schedule, meter, report.watch, stop):
             stop.begin()  # there is something to save from here on
+            due = saves.due(progress) or progress.end
+            if due or progress.window is not None:
+                report.lost(lost.share(), train_images)  # collective
+                state.lost = [*lost.known]
             report.measured(state, progress)
-            if progress.end or saves.due(progress):
+            if due:
                 report.saved(saves.save())
             if progress.end:  # a signal, or the time is up: all ranks end after this step
                 report.stopped(state)
@@ -215,13 +221,16 @@ def main(config: TrainConfig) -> None:
     stop.close()
 
 
-def served(batches: Iterable[dict[str, Any]], state: TrainState, report: TrainingReport) -> Iterator[dict[str, Any]]:
+def served(
+    batches: Iterable[dict[str, Any]], state: TrainState, report: TrainingReport, lost: LostImages
+) -> Iterator[dict[str, Any]]:
     """This rank's batches of an epoch on their way to the forward; `train_loader` says what is in a batch."""
     for i, batch in enumerate(batches, state.batches):
         # Your own code for a batch goes here. It runs on every rank with that rank's share of the global batch, which
         # is on the device; images are uint8 and not yet rescaled by --multi-scale.
         if state.epoch < 0 and i < 3:
             report.training_batch(i, batch)
+        lost.note(batch)
         yield batch
 
 

@@ -21,8 +21,9 @@ def test_the_defaults_are_valid_and_ultralytics():
     ours = set(vars(theirs)) & set(vars(config)) - {"model", "data", "project", "name"}
     assert {"lr0", "mosaic", "close_mosaic", "box", "warmup_bias_lr", "iou", "max_det", "imgsz"} <= ours
     different = {name for name in ours if getattr(config, name) != getattr(theirs, name)}
-    # Ultralytics leaves conf unset and validates at 0.001; its rect is for training alone; its resume is a bool
-    assert different == {"conf", "rect", "resume"}
+    # Ultralytics leaves conf unset and validates at 0.001; its rect is for training alone; its resume is a bool; its
+    # cache is False, and here unset
+    assert different == {"conf", "rect", "resume", "cache"}
 
 
 def test_all_faults_are_told_at_once():

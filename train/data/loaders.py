@@ -27,6 +27,7 @@ class Positions:
 
     def __init__(self, batches: int, batch: int, ranks: int):
         self.batches, self.batch, self.ranks = batches, batch, ranks
+        self.lost: tuple[int, ...] = ()  # images that can no longer be read, as far as all ranks know
         self.set(0, 0, False)
 
     def set(self, epoch: int, first: int, closed: bool) -> None:
@@ -42,10 +43,10 @@ class Positions:
     def __len__(self) -> int:
         return (self.batches - self.first) * self.ranks
 
-    def __iter__(self) -> Iterator[list[tuple[int, int, bool]]]:
+    def __iter__(self) -> Iterator[list[tuple]]:
         share = self.batch // self.ranks
         for start in range(self.first * self.batch, self.batches * self.batch, share):
-            yield [(self.epoch, position, self.closed) for position in range(start, start + share)]
+            yield [(self.epoch, position, self.closed, self.lost) for position in range(start, start + share)]
 
 
 def _loader(dataset: Images, batch_sampler: Any, config: EvalConfig, accelerator: Accelerator) -> DataLoader:
@@ -66,7 +67,7 @@ def train_loader(dataset: TrainSet, batches: int, accelerator: Accelerator) -> t
     """This rank's training batches, and the sampler that is to be `set` before each epoch.
 
     A batch is a dict: `img` uint8 (n, 3, imgsz, imgsz) RGB, `cls` (m, 1), `bboxes` (m, 4) xywh normalised, `batch_idx`
-    (m,) the image of each box, `im_file` the paths.
+    (m,) the image of each box, `im_file` the paths, `lost` by image see `TrainSet`.
     """
     positions = Positions(batches, dataset.config.batch, accelerator.num_processes)
     return _loader(dataset, positions, dataset.config, accelerator), positions

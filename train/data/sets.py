@@ -29,6 +29,7 @@ from train.data.labels import Labels
 
 PAUSES = (0.1, 1.0, 5.0)  # seconds before an image that cannot be read is tried again
 PAD = 0.5  # of a stride, that validation images are padded by at least
+LOST = 4  # images one after the other that cannot be read, which end the run
 GROUP = 16  # positions whose images are each other's mosaic partners
 
 
@@ -73,6 +74,10 @@ class _Targets:
             "normalized": True,
             "bbox_format": "xywh",
         }
+
+
+class Unreadable(InputError):
+    """An image that could be read when the run began."""
 
 
 class Images(YOLODataset):
@@ -120,7 +125,7 @@ class Images(YOLODataset):
         What the scan has found readable is tried again: a network disk may be away for a moment.
 
         Raises:
-            InputError: it stays unreadable.
+            Unreadable: it stays so.
         """
         assert not args
         assert not kwargs
@@ -133,7 +138,7 @@ class Images(YOLODataset):
                 return self.decode(i)
             except FileNotFoundError:  # what Ultralytics makes of any image that cannot be read
                 if pause is None:
-                    raise InputError(
+                    raise Unreadable(
                         f"{self.im_files[i]} can no longer be read, as it could when the run began. Mend the disk or "
                         "the file and go on with --resume; a file that is gone or broken is left out from then on."
                     ) from None
@@ -170,6 +175,7 @@ class TrainSet(Images):
             self._ratios = labels.shapes[:, 0] / labels.shapes[:, 1]  # height / width
         self._decoded: dict[int, tuple] = {}
         self._order: tuple[int, np.ndarray] = (-1, np.zeros(0, int))
+        self.lost: set[int] = set()  # images that can no longer be read, as far as this process knows
         super().__init__(labels, names, channels, imgsz=config.imgsz, hyp=augmentation(config))
 
     def build_transforms(self, hyp: Any) -> Compose:
@@ -227,9 +233,32 @@ class TrainSet(Images):
         image, *shapes = self._decoded[i]
         return (image.copy(), *shapes)
 
-    def __getitem__(self, key: tuple[int, int, bool]) -> dict[str, Any]:  # type: ignore[override]
-        """The sample at (epoch, position), and whether mosaic is closed."""
-        epoch, position, closed = key
+    def get_image_and_label(self, index: int) -> dict[str, Any]:
+        """An image and its labels. In the place of one that can no longer be read stands the next of the data set that
+        can, wherever it is drawn: so order and counts are the same for any number of processes.
+
+        Raises:
+            Unreadable: with --strict, or where LOST of them follow each other: then it is the disk.
+        """
+        failed = 0
+        while True:
+            if index not in self.lost:
+                try:
+                    return super().get_image_and_label(index)
+                except Unreadable:
+                    failed += 1
+                    if self.config.strict or failed == min(LOST, len(self)):
+                        raise
+                    self.lost.add(index)
+            index = (index + 1) % len(self)
+
+    def __getitem__(self, key: tuple) -> dict[str, Any]:  # type: ignore[override]
+        """The sample at (epoch, position); the key says, too, whether mosaic is closed, and which images are lost.
+
+        `lost` of the sample are images that are lost, and of which the key does not know.
+        """
+        epoch, position, closed, known = key if len(key) == 4 else (*key, ())
+        self.lost.update(known)
         # Ultralytics' transforms draw from the global generators of random and numpy.
         seed = int(np.random.SeedSequence([self.config.seed, epoch, position]).generate_state(1)[0])
         random.seed(seed)
@@ -242,9 +271,10 @@ class TrainSet(Images):
         if self.config.rect:
             label["rect_shape"] = self._rect_shape(epoch, position)
         sample = transforms(label)
-        return {key: sample[key] for key in ("im_file", "img", "cls", "bboxes", "batch_idx")}
+        lost = sorted(self.lost.difference(known))
+        return {key: sample[key] for key in ("im_file", "img", "cls", "bboxes", "batch_idx")} | {"lost": lost}
 
-    def __getitems__(self, keys: list[tuple[int, int, bool]]) -> list[dict[str, Any]]:
+    def __getitems__(self, keys: list[tuple]) -> list[dict[str, Any]]:
         """The samples of one batch."""
         self._decoded.clear()
         return [self[key] for key in keys]

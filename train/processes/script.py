@@ -86,6 +86,8 @@ def _ended(main: Callable[[C], None], kind: type[C], description: str, kept: Kep
         what = printable(f"{type(error).__name__}: {error}", newlines=True)
         if isinstance(error, torch.OutOfMemoryError):
             what = _out_of_memory(error)
+        if dead := re.search(r"DataLoader worker \(pid\(?s?\)? [\d, ]+\) (.*)", what):
+            what = _dead_worker(dead[1])
         return _said(End("failed", what, rank, 1), _failure(error, what), store)
     return None
 
@@ -139,6 +141,17 @@ def _out_of_memory(error: BaseException) -> str:
     evaluating = any(f"{os.sep}evaluation{os.sep}" in f.filename for f in traceback.extract_tb(error.__traceback__))
     flag = "--val-batch (validation; it is by process)" if evaluating else "--batch, or --imgsz or the model"
     return f"the GPU is out of memory ({str(error).splitlines()[0].split('. ')[0]}). Lower {flag}"
+
+
+def _dead_worker(how: str) -> str:
+    """How a loader's worker has ended, and which option keeps the next one alive."""
+    if "Bus error" in how:
+        more = "in a container give it more: docker run --shm-size=8g"
+        return f"a loader's worker found /dev/shm full. Lower --workers or --batch; {more}"
+    if "Killed" in how:
+        cause = "was killed (signal 9), as the system does where memory is short"
+        return f"a loader's worker {cause}. Lower --workers, or leave out --cache ram"
+    return f"a loader's worker {how.strip().rstrip('.')}. --workers 0 loads in the ranks themselves, and shows why"
 
 
 def _never_fail_to_print() -> None:

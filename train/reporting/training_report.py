@@ -11,6 +11,7 @@ from accelerate import Accelerator
 
 from train.config.errors import InputError
 from train.config.options import TrainConfig
+from train.config.words import printable
 from train.data.labels import Labels
 from train.data.sets import TrainSet
 from train.evaluation.evaluate import Evaluation
@@ -27,6 +28,7 @@ from train.training.optim import Schedule, epochs_within
 from train.training.state import TrainState
 
 LINES, STEPS = 8, 10  # unless --log-interval is given: most lines of losses in an epoch, least steps between two
+NAMED = 10  # images that are named in one go
 DRAWN = 20.0  # seconds between two drawings of the pictures that change with the epochs
 
 
@@ -113,6 +115,16 @@ class TrainingReport(Report):
         if self.draws:
             file = self.folder / f"train_batch{i}.jpg"
             self.going_on("pictures", lambda: plots().draw_batch(batch, self.names, file))
+
+    def lost(self, places: list[int], images: Labels) -> None:
+        """Training images that could be read when the run began, and in whose places others stand from here on."""
+        for place in places[:NAMED]:
+            self.say(
+                f"warning: {printable(images.file(place))} can no longer be read, as it could when the run began; the "
+                "next image of the data set that can takes its place from here on (--strict ends the run instead)"
+            )
+        if len(places) > NAMED:
+            self.say(f"warning: so it is with {len(places) - NAMED} other images")
 
     def measured(self, state: TrainState, progress: Progress) -> None:
         """The first step ends the silence, each moves the bar. What was measured goes to the bar and the trackers, and

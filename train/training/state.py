@@ -51,6 +51,7 @@ class TrainState:
     best_fitness: float = -math.inf
     best_ap: float = -1.0
     last_ap: float = -1.0  # of the last validation
+    lost: list[int] = field(default_factory=list)  # training images that can no longer be read, see `LostImages`
     wandb_id: str = ""  # of the W&B run, which a resumed training goes on with
     before: tuple[int, float, float] = (-1, -math.inf, -1.0)  # the three before the last best epoch
     best: str = ""  # hash of the file best.pt that belongs to this state
@@ -115,7 +116,12 @@ class TrainState:
         elapsed = self.seconds if within else 0.0
         content: dict[str, Any] = {name: getattr(self, name) for name in PLAIN} | windows
         content |= {"format": FORMAT, "pending": pending, "elapsed": elapsed, "options": asdict(config)}
-        content |= {"images": images, "architecture": self.detector.yaml, "names": self.detector.names}
+        content |= {
+            "lost": self.lost,
+            "images": images,
+            "architecture": self.detector.yaml,
+            "names": self.detector.names,
+        }
         content |= {"model": self.detector.state_dict(), "ema": self.ema.ema.state_dict()}
         content |= {"updates": self.ema.updates, "optimizer": self.optimizer.state_dict()}
         return content | {"scaler": scaler and scaler.state_dict()}
@@ -137,6 +143,7 @@ class TrainState:
             for name in PLAIN:
                 setattr(self, name, saved[name])
             self.picked = self.picked or picked
+            self.lost = saved.get("lost", [])  # which older states do not have
             self.elapsed = saved["elapsed"]
             ranks = self.accelerator.num_processes
             for name in ("whole", "since"):
