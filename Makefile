@@ -16,7 +16,7 @@ QUICK := --imgsz 160 --epochs 15 --batch 16 --nbs 16 --optimizer AdamW --lr0 0.0
 OWN = $(findstring --data,$(ARGS))$(findstring --cfg,$(ARGS))$(findstring --resume,$(ARGS))
 LAST_WEIGHTS = $$(ls -t runs/detect/*/weights/best.pt 2>/dev/null | head -n 1)
 
-.PHONY: help train validate doctor test test-slow test-cuda fuzz bench-eval bench-log bench-quick bench-save soak hashes check clean clean-cache
+.PHONY: help train validate doctor test test-slow test-cuda fuzz bench-eval bench-log bench-quick bench-save bench-data soak hashes check clean clean-cache
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -64,6 +64,9 @@ soak: .venv/installed-dev  ## kill a training again and again and compare what i
 
 bench-save: .venv/installed-dev  ## measure what saving a run costs, and what it costs where no save is due
 	@exec $(PY) -m tests.bench.saves $(ARGS)
+
+bench-data: .venv/installed-dev  ## measure scan, start, memory and pipeline beside Ultralytics: ARGS="--data coco128.yaml"
+	@exec $(PY) -m tests.bench.data $(ARGS)
 
 hashes: .venv/installed-dev  ## hashes of five trainings, to be compared with another commit's: ARGS="--data coco128.yaml"
 	@exec $(PY) -m tests.hashes $(ARGS)

@@ -1,5 +1,7 @@
 """What the tests of the data share."""
 
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,3 +23,14 @@ def load(yaml: Path, split: str, accelerator: Accelerator) -> tuple[Labels, dict
     labels = to_validate_on(data, TrainConfig(split=split), accelerator)
     assert not labels.faults
     return labels, data.names
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 1 MB."""
+    (tmp_path / "small").mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(tmp_path / "small")]
+    if subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("only root mounts a disk")
+    yield tmp_path / "small"
+    subprocess.run(["umount", "-l", str(tmp_path / "small")], check=True)

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -165,17 +164,6 @@ def test_a_cache_that_does_not_fit_is_refused_with_the_numbers(shapes: Path, tmp
         sets(shapes, tmp_path / "k", accelerator, cache="disk", cache_limit=1e-4, **options)
     assert not list((tmp_path / "shm").iterdir())
     assert not [file for file in (tmp_path / "k").iterdir() if "images" in file.name]
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 1 MB."""
-    (tmp_path / "small").mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(tmp_path / "small")]
-    if subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("only root mounts a disk")
-    yield tmp_path / "small"
-    subprocess.run(["umount", "-l", str(tmp_path / "small")], check=True)
 
 
 def test_a_disk_that_is_full_leaves_nothing_half_written(shapes: Path, small_disk: Path, accelerator, monkeypatch):

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import time
@@ -167,6 +168,24 @@ def test_where_it_cannot_be_kept_the_run_goes_on(reader: Reader, tmp_path: Path,
         reader()
 
 
+def test_a_disk_that_is_full(reader: Reader, small_disk: Path):
+    (small_disk / "full").write_bytes(bytes(1020 * 1024))
+    reader.kept = small_disk
+    assert len(reader()) == 6
+    assert "warning: the index cannot be kept in" in reader.said[1]
+    assert "No space left on device" in reader.said[1]
+    assert os.listdir(small_disk) == ["full"]
+    (small_disk / "full").unlink()
+    reader()
+    assert f"kept in {small_disk}" in reader.said[-1]
+
+
+def test_the_ranks_read_together_what_one_reads_alone(runs):
+    content = [[file.read_bytes() for file in sorted((run.parents[2] / "index").iterdir())] for run, _ in runs.values()]
+    assert len(content[0]) == 2
+    assert content[0] == content[1] == content[2]
+
+
 def test_nothing_is_left_of_a_file_that_could_not_be_written(tmp_path: Path, monkeypatch):
     def half(tensors: dict, file: Path, **_: object) -> None:
         file.write_bytes(b"half")
@@ -189,6 +208,16 @@ read_index(find_data(sys.argv[1]), ("train",), EvalConfig(index_dir=sys.argv[2])
 """
 
 
+KILLED = """
+def half(tensors, draft, metadata):
+    if ".labels" in str(draft):
+        draft.write_bytes(b"half")
+        os.kill(os.getpid(), signal.SIGKILL)
+    WHOLE(tensors, draft, metadata)
+WHOLE, arrays.save_file = arrays.save_file, half
+"""
+
+
 def test_two_runs_that_build_at_once_and_one_that_is_killed(reader: Reader, tmp_path: Path):
     draw(tmp_path / "many", 300)
     command = [sys.executable, "-c", BUILD, str(tmp_path / "many" / "data.yaml"), str(tmp_path / "kept")]
@@ -201,7 +230,9 @@ def test_two_runs_that_build_at_once_and_one_that_is_killed(reader: Reader, tmp_
     whole = open_index(str(file))
     assert len(whole) == 300
     file.unlink()
-    (tmp_path / "kept" / f".{file.name}.host.123{arrays.DRAFT}").write_bytes(b"of a build that was killed")
+    killed = "import os, signal\nfrom train.data import arrays\n" + KILLED + BUILD
+    assert subprocess.run([sys.executable, "-c", killed, *command[3:]], env=environment).returncode == -signal.SIGKILL
+    assert [name.endswith(arrays.DRAFT) for name in reader.kept_files] == [True]
     index = reader(yaml=tmp_path / "many" / "data.yaml")
     assert reader.read
     assert all(np.array_equal(array, index.arrays[name]) for name, array in whole.arrays.items())

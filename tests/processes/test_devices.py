@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from train.config.errors import InputError
-from train.processes import cores, devices
+from train.processes import cores, devices, room
 from train.processes.cores import core_count, cores_of_rank
 from train.processes.devices import check_launcher, lacks, pick_precision
 
@@ -57,6 +57,45 @@ def test_quotas_of_containers_count(machine: Path, own: str, groups: dict[str, d
     for name, files in groups.items():
         group(machine / name, **files)
     assert core_count() == count
+
+
+@pytest.mark.parametrize(
+    ("own", "groups", "left"),
+    [
+        ("0::/\n", {}, None),
+        ("0::/\n", {".": {"memory__max": "max\n", "memory__current": "5\n", "memory__stat": ""}}, None),
+        (
+            "0::/pod/box\n",
+            {
+                "pod": {"memory__max": "5000", "memory__current": "4000", "memory__stat": "a 9\ninactive_file 500\n"},
+                "pod/box": {"memory__max": "9000", "memory__current": "1000", "memory__stat": "inactive_file 0\n"},
+            },
+            1500,  # the pod's, which gives up what it has only read
+        ),
+        (
+            "4:memory:/a\n0::/\n",
+            {
+                "memory": {
+                    "memory__limit_in_bytes": "3000", "memory__usage_in_bytes": "4000",
+                    "memory__stat": "total_inactive_file 10\n",
+                }
+            },
+            0,
+        ),
+    ],
+)  # fmt: skip
+def test_a_containers_limit_of_memory_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: str, groups: dict[str, dict[str, str]], left: int | None
+):
+    monkeypatch.setattr(room, "CGROUPS", tmp_path)
+    monkeypatch.setattr(room, "OWN_CGROUPS", tmp_path / "own")
+    (tmp_path / "own").write_text(own)
+    for name, files in groups.items():
+        group(tmp_path / name, **files)
+    if left is None:
+        assert room.memory() > 10**8
+    else:
+        assert room.memory() == left
 
 
 def test_what_slurm_gave_the_task_counts(machine: Path, monkeypatch: pytest.MonkeyPatch):

@@ -124,7 +124,7 @@ def test_a_run_says_it_once_keeps_it_and_repeats_it(drawn: Path, tmp_path: Path)
     assert re.search(r"images/val/\S+ can no longer be read, as it could when the run began", ended.stderr)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGBUS])
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGBUS, marks=pytest.mark.slow)])
 def test_a_worker_that_dies_ends_all_ranks_with_the_reason(shapes: Path, tmp_path: Path, number: int):
     config = ROOT / "accelerate_configs" / "multi_cpu.yaml"
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), "--num_processes", "2"]
