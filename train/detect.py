@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from train.config.errors import InputError
 from train.config.options import TrainConfig
@@ -111,8 +111,10 @@ def main(config: TrainConfig) -> None:
     on_main(accelerator, lambda: check_usable(data.name, train_images, val_images, config))
     truth = read_truth(val_images, data.names, config, accelerator)
     before = saved["images"] if saved else {}
-    images = on_main(
-        accelerator, lambda: fingerprint(train_images, val_images, truth.own_numbers, before, config.resume)
+    images: dict[str, Tensor] = {}  # what they are now; the main process keeps it with the run
+    on_main(
+        accelerator,
+        lambda: images.update(fingerprint(train_images, val_images, truth.own_numbers, before, config.resume)),
     )
     report.watch.end()
 

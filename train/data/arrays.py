@@ -59,18 +59,18 @@ def _remove_old_drafts(folder: Path) -> None:
                 draft.unlink()
 
 
-def allocate(path: Path, shapes: Mapping[str, tuple[type, tuple[int, ...]]], about: dict[str, str]) -> None:
+def allocate(path: Path, shapes: Mapping[str, tuple[type, tuple[int, ...]]], mode: int = 0o666) -> None:
     """Make a file of arrays that several processes are going to fill, and take up its room at once.
 
     Args:
         path: of the file.
         shapes: type and shape of each array, those of wide types first: then each is aligned.
-        about: what there is to say about them.
+        mode: who may read it, as far as the user's umask admits.
 
     Raises:
         OSError: there is no room for it; then there is no file.
     """
-    header: dict[str, Any] = {"__metadata__": about}
+    header: dict[str, Any] = {}
     end = 0
     for name, (dtype, shape) in shapes.items():
         first, end = end, end + math.prod(shape) * np.dtype(dtype).itemsize
@@ -79,7 +79,7 @@ def allocate(path: Path, shapes: Mapping[str, tuple[type, tuple[int, ...]]], abo
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 64)
     try:
-        with open(path, "xb") as file:
+        with open(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, mode), "wb") as file:
             file.write(struct.pack("<Q", len(text)) + text)
             file.flush()
             os.posix_fallocate(file.fileno(), 0, 8 + len(text) + end)

@@ -122,7 +122,7 @@ def cache_images(
         InputError: on all ranks, where it would not fit; it says into what, and what would.
     """
     if config.cache != "ram" and accelerator.is_local_main_process:
-        _sweep()
+        sweep()
     if config.cache is None:
         return
     folder = room.SHARED if config.cache == "ram" else index_folder(config)
@@ -176,6 +176,8 @@ def _take_whole(file: Path) -> int | None:
     """Hold a cache that is there; one that was cut off, or is none, is removed: whoever has it mapped keeps that."""
     if (lock := holders.take(file)) is None:
         return None
+    if file.parent == room.SHARED and os.fstat(lock).st_uid != os.getuid():
+        raise InputError(f"--cache ram: {file} is another user's, who must have meant it. Say --cache disk.")
     try:
         if open_arrays(file)[0].keys() == {"first", "rows", "shapes", "whole", "pixels"}:
             return lock
@@ -222,7 +224,7 @@ def _first_does(accelerator: Accelerator, work: Callable[[], Any]) -> Any:
     return next(told for number, _, first, told in every if number == machine() and first)
 
 
-def _sweep() -> None:
+def sweep() -> None:
     """Remove this user's caches in the memory that no run holds."""
     for file in room.SHARED.glob(f"{OWN}*"):
         holders.remove_unheld(file)
@@ -243,7 +245,7 @@ def make_room(missing: Sequence[Wanted], config: TrainConfig, folder: Path) -> l
     if config.cache == "ram":
         if not folder.is_dir():
             raise InputError(f"--cache ram needs {folder}, which this system does not have. Say --cache disk.")
-        _sweep()
+        sweep()
         loaders = BATCHES * min(config.workers, cores_of_rank()) * local_processes()
         batches = loaders * (config.batch // local_processes() + config.val_batch) * config.imgsz**2 * 3
         disk = "--cache disk, which the page cache shares as well"
@@ -286,6 +288,7 @@ def _check(missing: Sequence[Wanted], free: int, where: str, mend: str) -> None:
 
 def _draft(cache: Wanted) -> tuple[Path, int]:
     """A file of the cache's size under another name, and what holds it."""
+    mode = 0o600 if cache.file.parent == room.SHARED else 0o666  # there all users of the machine meet
     for _ in range(3):  # another run may take it for one that nobody holds
         unique = f"{socket.gethostname()}.{uuid.uuid4().hex}{DRAFT}"
         begin = "" if cache.file.parent == room.SHARED else "."
@@ -294,7 +297,7 @@ def _draft(cache: Wanted) -> tuple[Path, int]:
         shapes = {"first": (np.int64, (count + 1,)), "rows": (np.int32, (count,)), "shapes": (np.int32, (count, 3))}
         try:
             draft.parent.mkdir(parents=True, exist_ok=True)
-            allocate(draft, shapes | {"whole": (np.uint8, (count,)), "pixels": (np.uint8, (cache.size,))}, {})
+            allocate(draft, shapes | {"whole": (np.uint8, (count,)), "pixels": (np.uint8, (cache.size,))}, mode)
         except OSError as error:
             raise InputError(
                 f"--cache: {draft.parent} has no room for {in_bytes(cache.size)} ({error.strerror or error}). "

@@ -4,6 +4,7 @@ That takes seconds for a million images, and leaves memory behind, so it is done
 start and build the model. It imports nothing that takes long.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -38,7 +39,7 @@ class Found:
     base: str = ""  # that its paths are relative to; empty where the index says so
     listing: str = ""  # where the images are listed that are to be read
     pictures: str = ""  # a hash of the images' names, sizes and times, without the labels'
-    why: str = ""  # the index that was there is not valid
+    why: str = ""  # the index that was there is not valid: which, and why not
     images: int = 0
     seconds: float = 0.0
     checked: str = ""  # in words
@@ -130,7 +131,7 @@ def check(data: DataFiles, split: str, asked: dict[str, Any], alive: Callable[[]
     folder, level = Path(asked["folder"]), asked["level"]
     place = _hash(os.path.abspath(data.root), json.dumps(data.splits.get(split)), str(data.keypoints))[:8]
     here = _newest(folder, f"{place}-*{ENDING}")
-    if level == "off" and here and not fault_of(here[0]):
+    if level == "off" and here and not _valid(here[0]):
         return Found(str(here[0]), True, checked=CHECKED["off"])
     files = data.images(split)
     base = base_of(files, os.path.abspath(data.root))
@@ -140,20 +141,20 @@ def check(data: DataFiles, split: str, asked: dict[str, Any], alive: Callable[[]
     named = _hash(names, listed.tobytes(), str(data.keypoints))[:16]
     found = Found(base=base, images=len(unique), checked=CHECKED["list"])
     same = _newest(folder, f"*-{named}-*{ENDING}")
-    if level == "list" and same and not (fault := fault_of(same[0])):
+    if level == "list" and same and not _valid(same[0]):
         return dataclasses.replace(found, file=str(same[0]), valid=True)
     changed = stats(unique, alive)
     stamp = _hash(changed.tobytes())[:16]
     found.checked = CHECKED["stat"]
     exact = _newest(folder, f"*-{named}-{stamp}{ENDING}")
-    if exact and not (fault := fault_of(exact[0])):
+    if exact and not (fault := _valid(exact[0])):
         return dataclasses.replace(found, file=str(exact[0]), valid=True)
     if exact:
-        found.why = fault
+        found.why = f"{exact[0]} is {fault}"
     elif here:
-        found.why = f"stale: {_difference(here[0].name, named, stamp)}"
-    elif [*folder.glob(f"{place}-*.labels*")]:
-        found.why = "of another version"
+        found.why = f"{here[0]} is stale: {_difference(here[0].name, named)}"
+    elif other := _newest(folder, f"{place}-*.labels*"):
+        found.why = f"{other[0]} is of another version"
     found.file = str(exact[0] if exact else folder / f"{place}-{named}-{stamp}{ENDING}")
     found.pictures = _hash(names, changed[:, :2].tobytes())[:16]
     found.listing = os.path.join(asked["scratch"], f"{split}.listing")
@@ -172,7 +173,19 @@ def _hash(*parts: str | bytes) -> str:
 
 def _newest(folder: Path, pattern: str) -> list[Path]:
     """The files of such a name, the newest first."""
-    return sorted(folder.glob(pattern), key=lambda file: (-file.stat().st_mtime, file.name))
+    found = []
+    for file in folder.glob(pattern):
+        with contextlib.suppress(OSError):  # it has just been removed
+            found.append((-file.stat().st_mtime, file.name, file))
+    return [file for *_, file in sorted(found)]
+
+
+def _valid(file: Path) -> str:
+    """What is wrong with an index; where nothing is, it has been used now."""
+    if not (fault := fault_of(file)):
+        with contextlib.suppress(OSError):  # another user's
+            os.utime(file)
+    return fault
 
 
 def _places(files: list[str], unique: list[str]) -> np.ndarray:
@@ -183,7 +196,7 @@ def _places(files: list[str], unique: list[str]) -> np.ndarray:
     return np.array([place[file] for file in files], dtype=np.int32)
 
 
-def _difference(name: str, named: str, stamp: str) -> str:
+def _difference(name: str, named: str) -> str:
     """What has changed since an index of this name was written."""
     _, names, _ = name.removesuffix(ENDING).split("-")
     return "files have changed" if names == named else "there are other images"

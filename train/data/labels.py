@@ -88,21 +88,26 @@ class Labels(Sequence[ImageLabels]):
         """Of the images at these places all boxes: the place of each one's image, its class, and the box xywh
         normalised, float64 as the files give it.
         """
+        place, cls, each = self._classes(places)
+        return place, cls, self.source.boxes[each]
+
+    def _classes(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The same without the boxes, which need not be in memory for it: for each where it is in the index."""
         rows = self.rows[places]
         first, counts = self.source.first[rows], self.source.first[rows + 1] - self.source.first[rows]
         each, place = ragged(first, counts), np.repeat(places, counts)
-        cls, boxes = self.source.cls[each], self.source.boxes[each]
+        cls = self.source.cls[each]
         if self.only is not None:
             keep = np.isin(cls, self.only)
-            place, cls, boxes = place[keep], cls[keep], boxes[keep]
-        return place, np.zeros_like(cls) if self.single_cls else cls, boxes
+            place, cls, each = place[keep], cls[keep], each[keep]
+        return place, np.zeros_like(cls) if self.single_cls else cls, each
 
     @cached_property
     def counts(self) -> tuple[np.ndarray, int]:
         """Boxes by class, and images without a box."""
         by_class, filled = np.zeros(self.classes, np.int64), 0
         for start in range(0, len(self), BLOCK):
-            place, cls, _ = self.boxes(np.arange(start, min(start + BLOCK, len(self))))
+            place, cls, _ = self._classes(np.arange(start, min(start + BLOCK, len(self))))
             by_class += np.bincount(cls, minlength=self.classes)
             filled += len(np.unique(place))
         return by_class, len(self) - filled

@@ -1,10 +1,12 @@
 """The index of each split: found, or read by all ranks of a machine together and written for all that come after."""
 
+import contextlib
 import hashlib
 import json
 import os
 import platform
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ from train.processes.devices import launched, local_processes, machine
 from train.processes.files import cache_folder, network_disk
 from train.processes.parent import end_with_parent
 
+UNUSED = 30 * 86400.0  # seconds after which an index that another has taken the place of is removed
 BLOCK = 512  # images that a worker reads before it hands over what it has read
 Counted = Callable[[Iterable[Any], int], Iterable[Any]]
 
@@ -102,7 +105,7 @@ def read_index(
         elif twin is not None:  # of another name
             one, words = found[twin], f"the same as {twin}"
         else:
-            reason = f", for {one.file} is {one.why}" if one.why else ""
+            reason = f", for {one.why}" if one.why else ""
             say(f"reading the labels of {one.images} images of {split}{reason}")
             _build(one, split, data, accelerator, say, counted)
             words = f"kept in {Path(one.file).parent}"
@@ -216,9 +219,19 @@ def _join(parts: list[Path], found: Found, data: DataFiles, files: list[str]) ->
                 f"({worse.strerror or worse}). Name another place with --index-dir."
             ) from None
         found.file = str(own)
+    _remove_unused(Path(found.file))
     for part in parts:
         part.unlink(missing_ok=True)
     return found.file, warning
+
+
+def _remove_unused(index: Path) -> None:
+    """Remove what this index has taken the place of, where no run has used it for long."""
+    place = index.name.partition("-")[0]
+    for file in index.parent.glob(f"{place}-*.labels*"):
+        with contextlib.suppress(OSError):  # another run is faster
+            if file != index and time.time() - file.stat().st_mtime > UNUSED:
+                file.unlink()
 
 
 def _raise_any(failure: Exception | None) -> None:
