@@ -32,7 +32,12 @@ TURNS = 3
 MANY = 60_000
 # Images to train on and to validate on; and which part uses which
 SIZES = {"few": (128, 128), "many": (MANY, 128), "val": (128, 5000), "cached": (1000, 8)}
-USED = {"scan": ["many"], "start": ["few", "many", "most"], "validation": ["few", "val"], "pipeline": ["few", "cached"]}
+USED = {
+    "scan": ["many"],
+    "start": ["few", "many", "most", "val"],
+    "validation": ["few", "val"],
+    "pipeline": ["few", "cached"],
+}
 OPTIONS = f"--model {TINY} --imgsz 64 --batch 16 --nbs 16 --optimizer SGD --trackers none --no-plots --log-interval 1"
 
 
@@ -300,12 +305,13 @@ def start(sets: dict[str, str], folder: Path) -> None:
     def seconds(name: str) -> float:
         return run(sets[name], folder, 1, FIRST, *quiet, after=0)[0]
 
-    few, many, most = turns(TURNS, *(lambda name=name: seconds(name) for name in ("few", "many", "most")))
+    few, many, most, val = turns(TURNS, *(lambda name=name: seconds(name) for name in ("few", "many", "most", "val")))
     job("start_ultralytics", sets["many"])
     theirs = job("start_ultralytics", sets["many"])
     row("command to the first step, 128 images", "", f"{few:.1f} s", "")
     row(f"the same, {MANY:,} images", f"{theirs['seconds']:.1f} s", f"{many:.1f} s", f"{many - few:+.1f} s")
     row(f"the same, {count(sets['most']):,} images", "", f"{most:.1f} s", f"{most - few:+.1f} s")
+    row("the same, 128 images to train on and 5,000 to validate on", "", f"{val:.1f} s", f"{val - few:+.1f} s")
     memory = {name: run(sets[name], folder, 2, FIRST, *quiet)[1] / 1e6 for name in ("few", "many", "most")}
     base, size = memory["few"], index_size(folder, sets["most"]) / 1e6
     row("memory, 2 ranks of 2 workers, 128 images", "", f"{base:.0f} MB", "")

@@ -274,3 +274,11 @@ def test_an_image_that_cannot_be_decoded_is_left_to_the_loader(tmp_path: Path, a
     broken.write_bytes(content)
     assert np.array_equal(found["train"].load_image(2)[0], found["train"].decode(2)[0])
     release(found)
+
+
+def test_how_long_it_will_take_is_said_once(monkeypatch):
+    monkeypatch.setattr(cache, "SPOKEN", 0)
+    told: list[str] = []
+    assert [*cache._estimated(range(5), 5, told.append)] == [0, 1, 2, 3, 4]
+    assert len(told) == 1
+    assert re.fullmatch(r"caching images: about 0 minutes left", told[0])
