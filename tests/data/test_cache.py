@@ -98,6 +98,7 @@ def test_workers_map_it_and_the_rank_alone_holds_it(shapes: Path, tmp_path: Path
     assert all(torch.equal(a, b) for a, b in zip(*by_workers, strict=True))
 
 
+@pytest.mark.slow
 def test_a_run_is_the_same_with_it_and_leaves_nothing_in_the_memory(runs, shapes: Path, tmp_path: Path):
     options = "--imgsz 64 --epochs 2 --batch 8 --nbs 8 --warmup-epochs 0 --workers 2 --trackers none --cache ram"
     more = ["--log-interval", 2, "--index-dir", tmp_path / "index"]

@@ -125,7 +125,7 @@ def test_a_damaged_a_truncated_and_a_foreign_file_are_read_anew(reader: Reader, 
         (b"\xff" * 4096, "damaged: it has no header"),
         (b"\x20" + bytes(7) + b'{"a": {"dtype": "F32"}}' + b" " * 40, "no index, or damaged"),
     ):
-        for level in ("stat", "list", "off"):
+        for level in ("stat", "list", "off") if reason == "truncated" else ("stat",):
             file.unlink()  # others may have it mapped
             file.write_bytes(damaged)
             index = reader(level)
