@@ -157,7 +157,10 @@ def test_what_differs_between_the_machines_is_named(machines: Path, tmp_path: Pa
     image.write_bytes(image.read_bytes() + b" ")
     said = errors(both(tmp_path, first))
     assert len(said) == 1
-    assert f"First that differs: ./{image.name}, {image.stat().st_size - 1} bytes and {image.stat().st_size}" in said[0]
+    assert (
+        f"First that differs: images/val/{image.name}, {image.stat().st_size - 1} bytes and {image.stat().st_size}"
+        in said[0]
+    )
     image.unlink()
     said = errors(both(tmp_path, first))
     assert len(said) == 1
