@@ -20,7 +20,7 @@ from train.data import arrays, scan
 from train.data.files import find_data
 from train.data.index import Index, open_index
 from train.data.scan import read_index
-from train.processes import files
+from train.processes import room
 
 LABEL = "0 0.5 0.5 0.25 0.25\n"
 
@@ -261,11 +261,11 @@ def test_a_split_that_cannot_be_used_says_so(reader: Reader, tmp_path: Path):
 
 
 def test_a_network_disk_is_named(tmp_path: Path, monkeypatch):
-    assert not files.network_disk(tmp_path)
+    assert not room.network_disk(tmp_path)
 
     class Mount:
         mountpoint, fstype = str(tmp_path), "nfs4"
 
-    monkeypatch.setattr(files.psutil, "disk_partitions", lambda all: [Mount])  # this machine has none
-    assert files.network_disk(tmp_path / "not" / "there") == "nfs4"
-    assert not files.network_disk(tmp_path.with_name(f"{tmp_path.name}x"))
+    monkeypatch.setattr(room.psutil, "disk_partitions", lambda all: [Mount])  # this machine has none
+    assert room.network_disk(tmp_path / "not" / "there") == "nfs4"
+    assert not room.network_disk(tmp_path.with_name(f"{tmp_path.name}x"))

@@ -15,7 +15,7 @@ from tests.reporting.wandb_file import read
 from tests.soak import SHORT, Kill, contents, differing, soak, train_over
 from train.config.options import TrainConfig
 from train.config.words import seconds_of
-from train.processes.files import hold
+from train.processes.files import draft_of, hold
 from train.training.optim import epochs_within
 from train.training.resume import find_run, indivisible
 from train.training.saves import checksum, clear_drafts, hash_of, settle, states, write_state
@@ -52,8 +52,11 @@ def test_states_are_whole_and_the_newest_two_are_kept(tmp_path: Path):
     (tmp_path / ".state_100.pt.4711").write_bytes(b"half")
     (tmp_path / "weights").mkdir()
     (tmp_path / "weights" / ".last.pt.4711").write_bytes(b"half")
+    draft_of(tmp_path / "weights" / "best.pt").write_bytes(b"half")
+    assert any(tmp_path.rglob("*.draft"))
     clear_drafts(tmp_path)
     assert not any(tmp_path.rglob("*.4711"))
+    assert not any(tmp_path.rglob("*.draft"))
 
 
 @pytest.mark.parametrize("place", ["best.pt", "best_next.pt", "best_before.pt", "last.pt"])

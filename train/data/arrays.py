@@ -7,10 +7,8 @@ import contextlib
 import json
 import math
 import os
-import socket
 import struct
 import time
-import uuid
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,7 +18,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-DRAFT, OLD = ".draft", 86400.0  # ending of a file that is being written; seconds after which nobody writes it any more
+from train.processes.files import DRAFT, whole_file
+
+OLD = 86400.0  # seconds after which nobody writes a draft any more
 CHUNK = 1 << 20  # bytes
 KINDS = {"F64": np.float64, "I64": np.int64, "I32": np.int32, "U8": np.uint8, "BOOL": np.bool_}
 
@@ -33,10 +33,9 @@ def write_arrays(path: Path, arrays: dict[str, np.ndarray], about: dict[str, str
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_old_drafts(path.parent)
-    draft = path.with_name(f".{path.name}.{socket.gethostname()}.{uuid.uuid4().hex}{DRAFT}")
     arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     sums = {name: zlib.crc32(array.data) if array.size else 0 for name, array in arrays.items()}
-    try:
+    with whole_file(path) as draft:
         draft.touch()
         mode = draft.stat().st_mode  # as the user wants it; safetensors' is for its owner alone
         try:
@@ -44,11 +43,6 @@ def write_arrays(path: Path, arrays: dict[str, np.ndarray], about: dict[str, str
         except SafetensorError as error:  # of which the words alone tell what has happened
             raise OSError(str(error)) from None
         os.chmod(draft, mode)
-        with open(draft, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def _remove_old_drafts(folder: Path) -> None:

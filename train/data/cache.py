@@ -10,12 +10,10 @@ import contextlib
 import hashlib
 import math
 import os
-import socket
 import time
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
@@ -27,15 +25,16 @@ from accelerate.utils import gather_object
 from train.config.errors import InputError
 from train.config.options import TrainConfig
 from train.config.words import in_bytes
-from train.data.arrays import DRAFT, allocate, open_arrays
+from train.data.arrays import allocate, open_arrays
 from train.data.imagecache import ImageCache, pixels_of
 from train.data.index import Index
 from train.data.scan import Counted, index_folder
 from train.data.sets import Images
 from train.processes import holders, room
+from train.processes.collectives import first_of_machine, together
 from train.processes.cores import cores_of_rank
-from train.processes.devices import launched, local_processes, machine
-from train.processes.files import cache_folder
+from train.processes.devices import launched, local_processes
+from train.processes.files import DRAFT, cache_folder, draft_of
 
 VERSION = 1  # of how images are decoded and scaled
 ENDING = f".images{VERSION}"
@@ -65,7 +64,7 @@ class Wanted:
     places: np.ndarray
     shapes: np.ndarray
 
-    @property
+    @cached_property
     def first(self) -> np.ndarray:
         """(n + 1,) int64: where each image's pixels begin."""
         return np.append(0, np.cumsum(self.shapes.astype(np.int64).prod(1)))
@@ -129,15 +128,15 @@ def cache_images(
     each = [wanted(dataset, name, folder) for name, dataset in datasets.items()]
     caches = list({cache.file: cache for cache in each}.values())  # both splits may have the same images
     held: dict[Path, int] = {}  # by the first process of the machine, so that nobody removes them meanwhile
-    lines, drafts = _first_does(accelerator, lambda: _prepare(caches, held, config, folder))
+    lines, drafts = first_of_machine(accelerator, lambda: _prepare(caches, held, config, folder))
     for line in lines:
         say(line)
     for cache, draft, builds in zip(caches, drafts, _any_machine(drafts), strict=True):
         told = f"{len(cache.rows)} images at {cache.dataset.imgsz} px, {in_bytes(cache.size)} in {folder}"
         if builds:
             say(f"caching {told}")
-            _together(partial(_fill, cache, draft, counted, say))
-            _first_does(accelerator, partial(_finish, draft, cache.file, held))
+            together(partial(_fill, cache, draft, counted, say))
+            first_of_machine(accelerator, partial(_finish, draft, cache.file, held))
         names = " and ".join(other.name for other in each if other.file == cache.file)
         say(f"cache      {names}: {told}{'' if builds else ', found'}")
     opened: dict[Path, ImageCache] = {}
@@ -147,7 +146,7 @@ def cache_images(
             assert lock is not None  # the first process of the machine holds it
             opened[cache.file] = ImageCache(cache.file, lock)
         cache.dataset.cached = opened[cache.file]
-    _together(lambda: None)
+    together(lambda: None)
     for lock in held.values():
         os.close(lock)
 
@@ -194,40 +193,15 @@ def _any_machine(drafts: list[Path | None]) -> list[bool]:
     return [any(builds) for builds in zip(*every, strict=True)]
 
 
-def _together(work: Callable[[], Any]) -> None:
-    """Do it on all ranks; an error on one is every rank's (collective)."""
-    failure: Exception | None = None
-    try:
-        work()
-    except Exception as error:
-        failure = error
-    for failed in gather_object([failure]):
-        if failed is not None:
-            raise failed
-
-
-def _first_does(accelerator: Accelerator, work: Callable[[], Any]) -> Any:
-    """Do it on the first process of each machine, which tells the others what came out; an error is every rank's
-    (collective).
-    """
-    result: Any = None
-    failure: Exception | None = None
-    if accelerator.is_local_main_process:
-        try:
-            result = work()
-        except Exception as error:
-            failure = error
-    every = gather_object([(machine(), failure, accelerator.is_local_main_process, result)])
-    for _, failed, _, _ in every:
-        if failed is not None:
-            raise failed
-    return next(told for number, _, first, told in every if number == machine() and first)
-
-
 def sweep() -> None:
     """Remove this user's caches in the memory that no run holds."""
-    for file in room.SHARED.glob(f"{OWN}*"):
+    for file in _in_memory():
         holders.remove_unheld(file)
+
+
+def _in_memory() -> list[Path]:
+    """This user's caches in the memory, those that are being written included."""
+    return [*room.SHARED.glob(f"{OWN}*"), *room.SHARED.glob(f".{OWN}*{DRAFT}")]
 
 
 def make_room(missing: Sequence[Wanted], config: TrainConfig, folder: Path) -> list[str]:
@@ -290,9 +264,7 @@ def _draft(cache: Wanted) -> tuple[Path, int]:
     """A file of the cache's size under another name, and what holds it."""
     mode = 0o600 if cache.file.parent == room.SHARED else 0o666  # there all users of the machine meet
     for _ in range(3):  # another run may take it for one that nobody holds
-        unique = f"{socket.gethostname()}.{uuid.uuid4().hex}{DRAFT}"
-        begin = "" if cache.file.parent == room.SHARED else "."
-        draft = cache.file.with_name(f"{begin}{cache.file.name}.{unique}")
+        draft = draft_of(cache.file)
         count = len(cache.rows)
         shapes = {"first": (np.int64, (count + 1,)), "rows": (np.int32, (count,)), "shapes": (np.int32, (count, 3))}
         try:
@@ -364,11 +336,11 @@ def _finish(draft: Path | None, file: Path, held: dict[Path, int]) -> None:
 
 def main() -> None:
     """Remove all caches that no run holds."""
-    parser = argparse.ArgumentParser(description="Remove caches of images and indexes of labels that no run uses.")
+    parser = argparse.ArgumentParser(description="Remove caches of images that no run uses.")
     parser.add_argument("--index-dir", default=str(cache_folder()), help="folder that keeps them")
     folder = Path(parser.parse_args().index_dir)
     removed = bytes_ = 0
-    for file in [*room.SHARED.glob(f"{OWN}*"), *folder.glob(f"*{ENDING}"), *folder.glob(f".*{DRAFT}")]:
+    for file in [*_in_memory(), *folder.glob(f"*{ENDING}"), *folder.glob(f".*{DRAFT}")]:
         with contextlib.suppress(OSError):
             size = file.stat().st_size
             if holders.remove_unheld(file):

@@ -57,8 +57,8 @@ class Check:
     """
 
     def __init__(self, data: DataFiles, splits: tuple[str, ...], folder: Path, level: str):
-        self.asked = asdict(data) | {"root": str(data.root), "wanted": list(dict.fromkeys(splits)), "level": level}
-        self.asked |= {"folder": str(folder), "scratch": train.scratch.name, "parent": os.getpid()}
+        self.subject = self._subject(data, splits)
+        asked = {"level": level, "folder": str(folder), "scratch": train.scratch.name, "parent": os.getpid()}
         path = os.pathsep.join(filter(None, (str(Path(train.__file__).parents[1]), os.environ.get("PYTHONPATH"))))
         self.process = subprocess.Popen(
             [sys.executable, "-P", "-m", "train.data.check"],
@@ -66,14 +66,18 @@ class Check:
             env=os.environ | {"PYTHONPATH": path},
         )  # fmt: skip
         assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps(self.asked).encode())
+        self.process.stdin.write(json.dumps(self.subject | asked).encode())
         self.process.stdin.close()
         self.process.stdin = None
 
     def is_of(self, data: DataFiles, splits: tuple[str, ...]) -> bool:
         """Whether it is the check of these splits."""
-        wanted = asdict(data) | {"root": str(data.root), "wanted": list(dict.fromkeys(splits))}
-        return all(self.asked[name] == value for name, value in wanted.items())
+        return self.subject == self._subject(data, splits)
+
+    @staticmethod
+    def _subject(data: DataFiles, splits: tuple[str, ...]) -> dict[str, Any]:
+        """What is checked, as plain values."""
+        return asdict(data) | {"root": str(data.root), "wanted": list(dict.fromkeys(splits))}
 
     def results(self) -> dict[str, Found]:
         """By split; waits for them.

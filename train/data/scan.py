@@ -27,10 +27,12 @@ from train.data.files import find_data
 from train.data.formats import read_image
 from train.data.index import Index, finished, join, open_index, pack
 from train.data.listing import DataFiles, label_file
+from train.processes.collectives import first_of_machine, together
 from train.processes.cores import cores_of_rank
 from train.processes.devices import launched, local_processes, machine
-from train.processes.files import cache_folder, network_disk
+from train.processes.files import cache_folder
 from train.processes.parent import end_with_parent
+from train.processes.room import network_disk
 
 UNUSED = 30 * 86400.0  # seconds after which an index that another has taken the place of is removed
 BLOCK = 512  # images that a worker reads before it hands over what it has read
@@ -84,23 +86,25 @@ def read_index(
     Raises:
         InputError: on all ranks, where a split cannot be used, or the machines do not have the same images and labels.
     """
-    found: dict[str, Found] = {}
-    if accelerator.is_local_main_process:
-        if ahead is not None and not ahead.is_of(data, splits):  # a run that is gone on with names other data
+    folder = index_folder(config)
+
+    def check() -> dict[str, Found]:
+        fits = ahead is not None and ahead.is_of(data, splits)
+        if ahead is not None and not fits:  # a run that is gone on with names other data
             ahead.end()
-            ahead = None
-        found = (ahead or Check(data, splits, index_folder(config), config.index_check)).results()
-    every = gather_object([(machine(), found)])
-    for _, one in every:
-        for split in one.values():
-            if split.error:
-                raise InputError(split.error)
-    found = next(one for number, one in every if number == machine() and one)
+        here = (ahead if fits and ahead else Check(data, splits, folder, config.index_check)).results()
+        for one in here.values():
+            if one.error:
+                raise InputError(one.error)
+        return here
+
+    found = first_of_machine(accelerator, check)
+    machines = gather_object([found])
     indexes: dict[str, Index] = {}
     for split in dict.fromkeys(splits):
         one = found[split]
-        twin = next((s for s in indexes if all(one[s].file == one[split].file for _, one in every if one)), None)
-        if all(one[split].valid for _, one in every if one):
+        twin = next((s for s in indexes if all(there[s].file == there[split].file for there in machines)), None)
+        if all(there[split].valid for there in machines):
             words = f"checked ({one.checked}) in {one.seconds:.1f} s"
         elif twin is not None:  # of another name
             one, words = found[twin], f"the same as {twin}"
@@ -112,7 +116,6 @@ def read_index(
         indexes[split] = index = open_index(one.file, one.base)
         say(f"index      {split}: {len(index)} images with their labels, {words}")
         _check_same(index, data, accelerator)
-    folder = index_folder(config)
     if disk := network_disk(folder):
         say(f"warning: the index is in {folder}, on {disk}, a network disk; --index-dir names another place")
     return indexes
@@ -126,33 +129,24 @@ def _build(
 
     An index that cannot be written where it belongs is written into the temporary folder, for this run.
     """
-    failure: Exception | None = None
     rank, ranks = launched("LOCAL_RANK", 0), local_processes()
-    part = f"{found.listing}.{{}}"
+    parts = [Path(f"{found.listing}.{number}") for number in range(ranks)]
     files: list[str] = []
-    if not found.valid:
-        listing, _ = open_arrays(Path(found.listing))
-        names = os.fsdecode(listing["paths"].tobytes()).split("\0")
-        files = [os.path.join(found.base, name) for name in names]
-        bounds = np.linspace(0, len(files), ranks + 1).astype(int)
-        try:
-            packed = _read(files[bounds[rank] : bounds[rank + 1]], found.base, data, counted)
-            write_arrays(Path(part.format(rank)), packed, {})
-        except Exception as error:
-            failure = error
-    _raise_any(failure)
-    told: tuple[str, str] | None = None  # where it is, and what went wrong
-    if accelerator.is_local_main_process and not found.valid:
-        try:
-            told = _join([Path(part.format(r)) for r in range(ranks)], found, data, files)
-        except Exception as error:
-            failure = error
-    _raise_any(failure)
-    for number, other in gather_object([(machine(), told)]):
-        if number == machine() and other is not None:
-            found.file, warning = other
-            if warning:
-                say(warning)
+
+    def read() -> None:
+        if not found.valid:
+            listing, _ = open_arrays(Path(found.listing))
+            names = os.fsdecode(listing["paths"].tobytes()).split("\0")
+            files.extend(os.path.join(found.base, name) for name in names)
+            bounds = np.linspace(0, len(files), ranks + 1).astype(int)
+            write_arrays(parts[rank], _read(files[bounds[rank] : bounds[rank + 1]], found.base, data, counted), {})
+
+    together(read)
+    found.file, warning = first_of_machine(
+        accelerator, lambda: (found.file, "") if found.valid else _join(parts, found, data, files)
+    )
+    if warning:
+        say(warning)
 
 
 def _read(files: list[str], base: str, data: DataFiles, counted: Counted) -> dict[str, np.ndarray]:
@@ -232,13 +226,6 @@ def _remove_unused(index: Path) -> None:
         with contextlib.suppress(OSError):  # another run is faster
             if file != index and time.time() - file.stat().st_mtime > UNUSED:
                 file.unlink()
-
-
-def _raise_any(failure: Exception | None) -> None:
-    """Raise on all ranks what has failed on one (collective)."""
-    for failed in gather_object([failure]):
-        if failed is not None:
-            raise failed
 
 
 def _check_same(index: Index, data: DataFiles, accelerator: Accelerator) -> None:

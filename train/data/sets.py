@@ -225,12 +225,9 @@ class TrainSet(Images):
 
     def load_image(self, i: int, *args: Any, **kwargs: Any) -> tuple:
         """Decode each image once for a batch. The copy is for transforms that write into the image."""
-        if self.cached is not None:
-            image, *shapes = super().load_image(i, *args, **kwargs)
-            return (image.copy(), *shapes)
-        if i not in self._decoded:
-            self._decoded[i] = super().load_image(i, *args, **kwargs)
-        image, *shapes = self._decoded[i]
+        image, *shapes = loaded = self._decoded.get(i) or super().load_image(i, *args, **kwargs)
+        if self.cached is None:
+            self._decoded[i] = loaded
         return (image.copy(), *shapes)
 
     def get_image_and_label(self, index: int) -> dict[str, Any]:

@@ -75,13 +75,6 @@ class Truth:
         boxes = xywh2ltwh(boxes * np.stack((widths, heights, widths, heights), 1))
         return Marks(image, category.astype(np.int64), boxes, boxes[:, 2] * boxes[:, 3], np.zeros(len(image), int))
 
-    def images(self, places: np.ndarray | None = None) -> list[dict[str, Any]]:
-        """COCO's dicts of these images, or of all; `file_name` is a path."""
-        return [
-            self.size_of(i) | {"file_name": self.file(i)}
-            for i in (range(len(self)) if places is None else places.tolist())
-        ]
-
     def size_of(self, place: int) -> dict[str, Any]:
         """COCO's dict of an image, without its path, which need not be UTF-8."""
         height, width = self.sizes[place].tolist()
@@ -101,8 +94,9 @@ class Truth:
         ]
 
     def dataset(self) -> dict[str, Any]:
-        """COCO's annotation dict."""
-        return {"images": self.images(), "annotations": self.annotations(), "categories": self.categories}
+        """COCO's annotation dict; `file_name` is a path."""
+        images = [self.size_of(i) | {"file_name": self.file(i)} for i in range(len(self))]
+        return {"images": images, "annotations": self.annotations(), "categories": self.categories}
 
     @property
     def own_numbers(self) -> tuple[np.ndarray, Callable[[int], str]] | None:

@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast, broadcast_object_list, gather_object
 
 from train.config.errors import InputError
+from train.processes.devices import machine
 
 T = TypeVar("T")
 
@@ -47,6 +48,29 @@ def once_per_machine(accelerator: Accelerator, work: Callable[[], T]) -> T:
         if failures:
             raise failures[0]
     return result
+
+
+def together(work: Callable[[], Any]) -> None:
+    """Do it on all ranks; an error on one is every rank's (collective)."""
+    failure: Exception | None = None
+    try:
+        work()
+    except Exception as error:
+        failure = error
+    for failed in gather_object([failure]):
+        if failed is not None:
+            raise failed
+
+
+def first_of_machine(accelerator: Accelerator, work: Callable[[], T]) -> T:
+    """Do it on the first process of each machine alone, which hands its result to the machine's other processes; an
+    error on one machine is every rank's (collective).
+    """
+    results: list[T] = []
+    first = accelerator.is_local_main_process
+    together(lambda: results.append(work()) if first else None)
+    every = gather_object([(machine(), results)])
+    return next(told[0] for number, told in every if number == machine() and told)
 
 
 def check_same(what: str, value: Any, mend: str) -> None:

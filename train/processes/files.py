@@ -4,22 +4,26 @@ import contextlib
 import errno
 import fcntl
 import os
+import socket
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
-
-import psutil
 
 import train
 from train.config.errors import InputError
 
-# Beginnings of file systems' names
-NETWORKS = ("afs", "beegfs", "ceph", "cifs", "gcsfuse", "gluster", "gpfs", "lustre", "nfs", "s3fs", "smb", "sshfs")
+DRAFT = ".draft"  # ending of a file that is being written
+
+
+def draft_of(path: Path) -> Path:
+    """A temporary name beside a file that no other process has, of any machine that shares the disk."""
+    return path.with_name(f".{path.name}.{socket.gethostname()}.{uuid.uuid4().hex}{DRAFT}")
 
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Give a temporary name beside `path`; what was written there becomes `path` when the block ends without error."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft = draft_of(path)
     try:
         yield draft
         with open(draft, "rb") as file:
@@ -53,14 +57,6 @@ def cache_folder() -> Path:
         return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "yolo-accelerate"
     except RuntimeError:  # no home folder
         return Path(train.scratch.name)
-
-
-def network_disk(folder: Path) -> str:
-    """The file system of a folder, or of where it would be made, where that is one of a network; else nothing."""
-    there = str(folder.absolute())
-    mounts = [p for p in psutil.disk_partitions(all=True) if f"{there}/".startswith(p.mountpoint.rstrip("/") + "/")]
-    kind = max(mounts, key=lambda part: len(part.mountpoint)).fstype if mounts else ""
-    return kind if kind.removeprefix("fuse.").startswith(NETWORKS) else ""
 
 
 def check_folder(folder: Path, flag: str) -> None:

@@ -4,10 +4,10 @@ import uuid
 from pathlib import Path
 
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list
 
 import train
-from train.processes.collectives import on_main, once_per_machine
+from train.processes.collectives import first_of_machine, on_main
 from train.processes.devices import local_processes, machine
 from train.processes.files import new_folder
 
@@ -50,9 +50,4 @@ def folder_here(accelerator: Accelerator, folder: Path, project: Path, resume: s
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         (folder / token).unlink()
-    # One process of the machine makes it, and tells the others, which make none.
-    makes = own is None and accelerator.is_local_main_process
-    own = once_per_machine(accelerator, lambda: new_folder(project, folder.name, resume) if makes else own)
-    here = machine()
-    every = gather_object([(here, own)])
-    return own or next(there for other, there in every if other == here and there is not None)
+    return first_of_machine(accelerator, lambda: own or new_folder(project, folder.name, resume))

@@ -9,6 +9,8 @@ import psutil
 
 CGROUPS, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 SHARED = Path("/dev/shm")
+# Beginnings of file systems' names
+NETWORKS = ("afs", "beegfs", "ceph", "cifs", "gcsfuse", "gluster", "gpfs", "lustre", "nfs", "s3fs", "smb", "sshfs")
 
 
 def memory() -> int:
@@ -21,6 +23,14 @@ def disk(folder: Path) -> int:
     while not folder.exists():
         folder = folder.parent
     return shutil.disk_usage(folder).free
+
+
+def network_disk(folder: Path) -> str:
+    """The file system of a folder, or of where it would be made, where that is one of a network; else nothing."""
+    there = str(folder.absolute())
+    mounts = [p for p in psutil.disk_partitions(all=True) if f"{there}/".startswith(p.mountpoint.rstrip("/") + "/")]
+    kind = max(mounts, key=lambda part: len(part.mountpoint)).fstype if mounts else ""
+    return kind if kind.removeprefix("fuse.").startswith(NETWORKS) else ""
 
 
 def control_groups(cgroups: Path, own: Path, controller: str) -> Iterator[Path]:

@@ -23,7 +23,7 @@ from train.config.words import seconds_of
 from train.evaluation.evaluate import Evaluation
 from train.model.weights import as_checkpoint
 from train.processes.collectives import on_main
-from train.processes.files import whole_file
+from train.processes.files import DRAFT, draft_of, whole_file
 from train.training.engine import Progress, check_finite
 from train.training.meter import Meter
 from train.training.state import TrainState
@@ -148,8 +148,9 @@ def settle(folder: Path, best: str) -> None:
 
 def clear_drafts(folder: Path) -> None:
     """Remove what killed processes have left half-written; call it where no other process writes there."""
-    for draft in (*folder.glob(".*.*.[0-9]*"), *folder.glob("weights/.*.*.[0-9]*")):
-        draft.unlink(missing_ok=True)
+    for place in (folder, folder / "weights"):
+        for draft in (*place.glob(f".*{DRAFT}"), *place.glob(".*.*.[0-9]*")):  # as older versions named them
+            draft.unlink(missing_ok=True)
 
 
 def _on_cpu(content: Any) -> Any:
@@ -199,8 +200,7 @@ def hash_of(file: Path) -> str:
 
 def _link(file: Path, to: Path) -> None:
     """Make `to` the same file, or a copy on a disk without links: whole, or not at all."""
-    draft = to.with_name(f".{to.name}.{os.getpid()}")
-    draft.unlink(missing_ok=True)
+    draft = draft_of(to)
     try:
         with contextlib.suppress(OSError):
             os.link(file, draft)
