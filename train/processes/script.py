@@ -5,10 +5,12 @@ import logging
 import os
 import platform
 import re
+import signal
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from multiprocessing.connection import wait
 from typing import Any
 
 import torch
@@ -79,16 +81,16 @@ def _ended(main: Callable[[C], None], kind: type[C], description: str, kept: Kep
         code = 2 if isinstance(error, InputError) else 1
         return _said(End("failed", message, rank, code), f"error: {message}", connect())
     except Exception as error:
+        signals.ignore_workers()
         logging.getLogger("train").exception("this rank failed")
         store = connect()
-        if launched("WORLD_SIZE", 1) > 1 and (before := _lost(error, store)):
+        died = _dead_worker(error)
+        if launched("WORLD_SIZE", 1) > 1 and not died and (before := _lost(error, store)):
             return _said(before, _in_place_of_the_launcher(before), store)
         what = printable(f"{type(error).__name__}: {error}", newlines=True)
         if isinstance(error, torch.OutOfMemoryError):
             what = _out_of_memory(error)
-        if dead := re.search(r"DataLoader worker \(pid\(?s?\)? [\d, ]+\) (.*)", what):
-            what = _dead_worker(dead[1])
-        return _said(End("failed", what, rank, 1), _failure(error, what), store)
+        return _said(End("failed", died or what, rank, 1), _failure(error, died or what), store)
     return None
 
 
@@ -143,8 +145,23 @@ def _out_of_memory(error: BaseException) -> str:
     return f"the GPU is out of memory ({str(error).splitlines()[0].split('. ')[0]}). Lower {flag}"
 
 
-def _dead_worker(how: str) -> str:
-    """How a loader's worker has ended, and which option keeps the next one alive."""
+def _dead_worker(error: Exception) -> str:
+    """How a loader's worker has ended, and which option keeps the next one alive; empty if the error is another.
+
+    torch says it where its handler of SIGCHLD is in time. Else the rank meets a queue or a connection whose other end
+    is gone, and the worker's exit code alone tells why.
+    """
+    frames = (frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__))
+    workers = {worker for loader in frames for worker in getattr(loader, "_workers", ())}
+    if isinstance(error, EOFError | OSError):  # may come a moment before the worker's end
+        wait([worker.sentinel for worker in workers], timeout=1.0)
+    codes = [worker.exitcode for worker in workers if (worker.exitcode or 0) < 0]
+    if codes:
+        how = f"is killed by signal: {signal.strsignal(-codes[0])}"
+    elif said := re.search(r"DataLoader worker \(pid\(?s?\)? [\d, ]+\) (.*)", str(error)):
+        how = said[1]
+    else:
+        return ""
     if "Bus error" in how:
         more = "in a container give it more: docker run --shm-size=8g"
         return f"a loader's worker found /dev/shm full. Lower --workers or --batch; {more}"

@@ -96,11 +96,20 @@ def listen(handler: Callable[[int, FrameType | None], None]) -> tuple[int, int]:
 def deafen() -> None:
     """The end has begun: a signal must not cut it off. What holds it up is ended by the backstop all the same.
 
-    SIGCHLD: torch would call it an error that the signal has ended the workers, too. No SIG_IGN, of which Python
-    complains where a signal is under way.
+    No SIG_IGN, of which Python complains where a signal is under way.
     """
-    for number in (*SIGNALS, signal.SIGCHLD):
+    ignore_workers()
+    for number in SIGNALS:
         signal.signal(number, lambda *_: None)
+
+
+def ignore_workers() -> None:
+    """The end of a loader's worker is no error any more: the signal has ended the workers, too, or the error is being
+    told. torch's handler of SIGCHLD would raise another wherever the main thread is, once, and here at the latest.
+    """
+    for _ in range(2):
+        with contextlib.suppress(RuntimeError):
+            signal.signal(signal.SIGCHLD, lambda *_: None)
 
 
 def _backstop(reader: int, explain: Callable[[End], End]) -> None:
