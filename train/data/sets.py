@@ -26,6 +26,7 @@ from train.config.errors import InputError
 from train.config.options import Augmentation, TrainConfig
 from train.data.imagecache import ImageCache
 from train.data.labels import Labels
+from train.data.transforms import faster
 
 PAUSES = (0.1, 1.0, 5.0)  # seconds before an image that cannot be read is tried again
 PAD = 0.5  # of a stride, that validation images are padded by at least
@@ -53,6 +54,13 @@ class _Files:
         return self.labels.file(i)
 
 
+class _Made(dict):
+    """A dict that was made for who asked: Ultralytics' copy of it is itself."""
+
+    def __deepcopy__(self, memo: dict) -> "_Made":
+        return self
+
+
 class _Targets:
     """The labels in Ultralytics' form, each made when it is asked for."""
 
@@ -64,16 +72,16 @@ class _Targets:
 
     def __getitem__(self, i: int) -> dict[str, Any]:
         entry = self.labels[i]
-        return {
-            "im_file": entry.im_file,
-            "shape": entry.shape,
-            "cls": entry.cls.astype(np.float32).reshape(-1, 1),
-            "bboxes": entry.boxes.astype(np.float32),
-            "segments": [segment.astype(np.float32) for segment in entry.segments],
-            "keypoints": None,
-            "normalized": True,
-            "bbox_format": "xywh",
-        }
+        return _Made(
+            im_file=entry.im_file,
+            shape=entry.shape,
+            cls=entry.cls.astype(np.float32).reshape(-1, 1),
+            bboxes=entry.boxes.astype(np.float32),
+            segments=[segment.astype(np.float32) for segment in entry.segments],
+            keypoints=None,
+            normalized=True,
+            bbox_format="xywh",
+        )
 
 
 class Unreadable(InputError):
@@ -193,7 +201,7 @@ class TrainSet(Images):
         transforms.append(
             self.format_class(bbox_format="xywh", normalize=True, return_mask=False, batch_idx=True, bgr=hyp.bgr)
         )
-        return transforms
+        return faster(transforms)
 
     def order(self, epoch: int) -> np.ndarray:
         """Image index by position. A set smaller than the batch is repeated until it fills one."""
@@ -224,11 +232,11 @@ class TrainSet(Images):
         return order[start : start + GROUP]
 
     def load_image(self, i: int, *args: Any, **kwargs: Any) -> tuple:
-        """Decode each image once for a batch. The copy is for transforms that write into the image."""
-        image, *shapes = loaded = self._decoded.get(i) or super().load_image(i, *args, **kwargs)
+        """Decode each image once for a batch. No transform writes into it; a warp gives each its own memory."""
+        loaded = self._decoded.get(i) or super().load_image(i, *args, **kwargs)
         if self.cached is None:
             self._decoded[i] = loaded
-        return (image.copy(), *shapes)
+        return loaded
 
     def get_image_and_label(self, index: int) -> dict[str, Any]:
         """An image and its labels. In the place of one that can no longer be read stands the next of the data set that

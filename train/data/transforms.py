@@ -1,0 +1,171 @@
+"""Ultralytics' training transforms, byte for byte, in less time.
+
+Each class here is one of Ultralytics' with the method that costs replaced; what is drawn at random, and what becomes of
+the labels, stays Ultralytics'. OpenCV warps four channels in a third of the time that it takes for three, with the same
+bytes in each; it flips and reorders faster than NumPy; and of a mosaic's canvas only what the warp sees is painted.
+"""
+
+import random
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from ultralytics.data.augment import (
+    Compose,
+    Format,
+    Mosaic,
+    RandomFlip,
+    RandomHSV,
+    RandomPerspective,
+)
+
+GREY = 114  # of what no image covers
+MARGIN = 2  # px around what the warp sees, for what it interpolates between
+
+
+class Canvas:
+    """A mosaic that is not painted yet: images, and where on a canvas of which shape they lie."""
+
+    def __init__(self, layout: list[dict[str, Any]], shape: tuple[int, int, int]):
+        # Taken here: the first patch's dict is that of the mosaic, whose image becomes this canvas.
+        self.patches = [(item["labels_patch"]["img"], item) for item in layout]
+        self.shape = shape
+
+    def copy(self) -> np.ndarray:
+        """The painted canvas, (height, width, 3) uint8 BGR."""
+        painted = np.empty((*self.shape[:2], 4), np.uint8)
+        self.paint(painted, (0, 0, self.shape[1], self.shape[0]))
+        return cv2.cvtColor(painted, cv2.COLOR_BGRA2BGR)
+
+    def paint(self, canvas: np.ndarray, window: tuple[int, int, int, int]) -> None:
+        """Paint the part of the canvas (height, width, 4) uint8 BGRA that lies in a window x1, y1, x2, y2."""
+        left, top, right, bottom = window
+        canvas[top:bottom, left:right] = GREY
+        for image, at in self.patches:
+            x1, y1, x2, y2 = max(at["x1a"], left), max(at["y1a"], top), min(at["x2a"], right), min(at["y2a"], bottom)
+            if x1 < x2 and y1 < y2:
+                x, y = at["x1b"] - at["x1a"], at["y1b"] - at["y1a"]
+                cv2.cvtColor(image[y1 + y : y2 + y, x1 + x : x2 + x], cv2.COLOR_BGR2BGRA, dst=canvas[y1:y2, x1:x2])
+
+
+class LazyMosaic(Mosaic):
+    """Leaves the painting to the warp."""
+
+    def apply_image(self, labels: dict[str, Any], params: dict[str, Any] | None = None) -> dict[str, Any]:
+        """The canvas in the place of the image."""
+        assert params is not None
+        side, channels = 2 * self.imgsz, labels["img"].shape[2]
+        if self.n != 4 or channels != 3:
+            return super().apply_image(labels, params)
+        labels["img"] = Canvas(params["layout"], (side, side, channels))
+        return labels
+
+
+class FastPerspective(RandomPerspective):
+    """Warps four channels."""
+
+    def apply_image(self, labels: dict[str, Any], params: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Warp an image (height, width, channels) uint8, or a canvas."""
+        assert params is not None
+        image, matrix, size = labels["img"], params["M"], params["size"]
+        if isinstance(image, Canvas):
+            canvas = self._canvas(image.shape)
+            image.paint(canvas, (0, 0, *image.shape[1::-1]) if self.perspective else _seen(matrix, size, image.shape))
+        elif image.ndim == 3 and image.shape[2] == 3:
+            canvas = cv2.cvtColor(image, cv2.COLOR_BGR2BGRA)
+        else:
+            return super().apply_image(labels, params)
+        if self.perspective:
+            warped = cv2.warpPerspective(canvas, matrix, dsize=size, borderValue=(GREY,) * 4)
+        else:
+            warped = cv2.warpAffine(canvas, matrix[:2], dsize=size, borderValue=(GREY,) * 4)
+        labels["img"] = cv2.cvtColor(warped, cv2.COLOR_BGRA2BGR)
+        labels["resized_shape"] = labels["img"].shape[:2]
+        return labels
+
+    def _canvas(self, shape: tuple[int, ...]) -> np.ndarray:
+        """Memory that every mosaic uses again."""
+        kept: np.ndarray | None = vars(self).get("kept")
+        if kept is None or kept.shape[:2] != shape[:2]:
+            self.kept = kept = np.empty((*shape[:2], 4), np.uint8)
+        return kept
+
+
+def _seen(matrix: np.ndarray, size: tuple[int, int], shape: tuple[int, ...]) -> tuple[int, int, int, int]:
+    """The window x1, y1, x2, y2 of a source of this shape that an affine warp into (width, height) px reads."""
+    width, height = size
+    corners = np.array([[0, 0, 1], [width, 0, 1], [0, height, 1], [width, height, 1]], np.float64)
+    x, y = (np.linalg.inv(matrix.astype(np.float64)) @ corners.T)[:2]
+    first = np.floor([x.min(), y.min()]).astype(int) - MARGIN
+    end = np.ceil([x.max(), y.max()]).astype(int) + MARGIN + 1
+    limits = shape[1], shape[0]
+    (x1, y1), (x2, y2) = np.clip(first, 0, limits).tolist(), np.clip(end, 0, limits).tolist()
+    return x1, y1, x2, y2
+
+
+class FastHSV(RandomHSV):
+    """Looks each channel up by itself."""
+
+    def apply_image(self, labels: dict[str, Any], params: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Change an image (height, width, 3) uint8 BGR in place; others stay as they are."""
+        image = labels["img"]
+        if image.shape[-1] != 3 or not (self.hgain or self.sgain or self.vgain):
+            return labels
+        gains = np.random.uniform(-1, 1, 3) * [self.hgain, self.sgain, self.vgain]
+        x = np.arange(0, 256, dtype=gains.dtype)
+        hue = ((x + gains[0] * 180) % 180).astype(np.uint8)
+        saturation = np.clip(x * (gains[1] + 1), 0, 255).astype(np.uint8)
+        value = np.clip(x * (gains[2] + 1), 0, 255).astype(np.uint8)
+        saturation[0] = 0  # white stays white
+        hsv = cv2.cvtColor(image, cv2.COLOR_BGR2HSV)
+        planes = [cv2.LUT(plane, table) for plane, table in zip(cv2.split(hsv), (hue, saturation, value), strict=True)]
+        cv2.cvtColor(cv2.merge(planes, dst=hsv), cv2.COLOR_HSV2BGR, dst=image)
+        return labels
+
+
+class FastFlip(RandomFlip):
+    """Leaves images whose rows go forward, which is what all that follows is fast on."""
+
+    def apply_image(self, labels: dict[str, Any], params: dict[str, Any]) -> dict[str, Any]:
+        """Flip an image (height, width, 3) uint8; others as Ultralytics does."""
+        image = labels["img"]
+        if image.shape[-1] != 3:
+            return super().apply_image(labels, params)
+        if params["flip"]:
+            labels["img"] = cv2.flip(image, {"vertical": 0, "horizontal": 1}[params["direction"]])
+        return labels
+
+
+class FastFormat(Format):
+    """Has OpenCV take the channels apart."""
+
+    def _format_img(self, img: np.ndarray) -> torch.Tensor:
+        """An image (height, width, 3) uint8 BGR as (3, height, width), RGB, or BGR where that is drawn."""
+        if img.ndim != 3 or img.shape[2] != 3:
+            return super()._format_img(img)
+        planes = np.empty((3, *img.shape[:2]), np.uint8)
+        order = planes[::-1] if random.uniform(0, 1) > self.bgr else planes
+        cv2.split(img, [*order])
+        return torch.from_numpy(planes)
+
+
+FASTER = {
+    Mosaic: LazyMosaic,
+    RandomPerspective: FastPerspective,
+    RandomHSV: FastHSV,
+    RandomFlip: FastFlip,
+    Format: FastFormat,
+}
+
+
+def faster(transforms: Compose) -> Compose:
+    """The same transforms, with these classes in the places of Ultralytics'; their state stays."""
+    for step in transforms.transforms:
+        if isinstance(step, Compose):
+            faster(step)
+        elif type(step) in FASTER:
+            step.__class__ = FASTER[type(step)]
+        if isinstance(inner := getattr(step, "pre_transform", None), Compose):
+            faster(inner)
+    return transforms
