@@ -1,5 +1,6 @@
 """How the ranks of a run meet, on one machine or several: within a limit, and with the same options."""
 
+import gc
 import os
 import platform
 import time
@@ -59,6 +60,9 @@ def start_group(device: str, hang_timeout: float = 600) -> None:
     # Not at the top of the file, for it takes 1.2 s, which --help and most mistakes need not wait for.
     import torchvision  # noqa: F401
 
+    if not gc.isenabled():  # by early.py
+        gc.freeze()  # what is there stays, and is not searched again; workers' memory stays their rank's
+        gc.enable()
     timeout = max(LONGEST, timedelta(seconds=2 * hang_timeout)) if hang_timeout else FOREVER
     # without `cpu`, several processes on a machine without GPU are each rank 0 of 1
     PartialState(cpu=device == "cpu", **InitProcessGroupKwargs(timeout=timeout).to_kwargs())
