@@ -54,13 +54,6 @@ class _Files:
         return self.labels.file(i)
 
 
-class _Made(dict):
-    """A dict that was made for who asked: Ultralytics' copy of it is itself."""
-
-    def __deepcopy__(self, memo: dict) -> "_Made":
-        return self
-
-
 class _Targets:
     """The labels in Ultralytics' form, each made when it is asked for."""
 
@@ -72,16 +65,16 @@ class _Targets:
 
     def __getitem__(self, i: int) -> dict[str, Any]:
         entry = self.labels[i]
-        return _Made(
-            im_file=entry.im_file,
-            shape=entry.shape,
-            cls=entry.cls.astype(np.float32).reshape(-1, 1),
-            bboxes=entry.boxes.astype(np.float32),
-            segments=[segment.astype(np.float32) for segment in entry.segments],
-            keypoints=None,
-            normalized=True,
-            bbox_format="xywh",
-        )
+        return {
+            "im_file": entry.im_file,
+            "shape": entry.shape,
+            "cls": entry.cls.astype(np.float32).reshape(-1, 1),
+            "bboxes": entry.boxes.astype(np.float32),
+            "segments": [segment.astype(np.float32) for segment in entry.segments],
+            "keypoints": None,
+            "normalized": True,
+            "bbox_format": "xywh",
+        }
 
 
 class Unreadable(InputError):
