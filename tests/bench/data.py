@@ -116,7 +116,9 @@ def job_pipeline(data: str, kept: str, cold: str) -> dict[str, float]:
     from train.data.labels import train_labels
     from train.data.scan import read_index
     from train.data.sets import TrainSet
+    from train.processes.allocator import keep_freed
 
+    keep_freed()  # as a worker does
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
     accelerator, found = Accelerator(cpu=True), find_data(data)

@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader
 
 from train.config.options import EvalConfig
 from train.data.sets import Images, TrainSet, ValSet
+from train.processes.allocator import keep_freed
 from train.processes.cores import cores_of_rank
 from train.processes.parent import end_with_parent
 
@@ -49,7 +50,25 @@ class Positions:
             yield [(self.epoch, position, self.closed, self.lost) for position in range(start, start + share)]
 
 
+class Batches:
+    """Batch sampler: hands out the same batches each time, once it is open."""
+
+    def __init__(self, batches: list[list[int]]):
+        self.batches, self.open = batches, False
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self.batches if self.open else ())
+
+
 def _loader(dataset: Images, batch_sampler: Any, config: EvalConfig, accelerator: Accelerator) -> DataLoader:
+    """A loader whose workers run, and have nothing to do.
+
+    They are forked from this process, and share its memory until it writes into it: later, when it is large, it would
+    copy all of it, page by page, and they would keep what it was.
+    """
     workers = min(config.workers, cores_of_rank())
     loader: DataLoader = DataLoader(
         dataset,
@@ -58,9 +77,17 @@ def _loader(dataset: Images, batch_sampler: Any, config: EvalConfig, accelerator
         persistent_workers=workers > 0,
         pin_memory=accelerator.device.type == "cuda",
         collate_fn=dataset.collate_fn,
-        worker_init_fn=end_with_parent,
+        worker_init_fn=_begin_worker,
     )
-    return accelerator.prepare(loader)
+    prepared: Any = accelerator.prepare(loader)
+    if workers:
+        iter(prepared.base_dataloader)  # which keeps its workers from here on
+    return prepared
+
+
+def _begin_worker(worker: int) -> None:
+    end_with_parent(worker)
+    keep_freed()
 
 
 def train_loader(dataset: TrainSet, batches: int, accelerator: Accelerator) -> tuple[DataLoader, Positions]:
@@ -70,12 +97,18 @@ def train_loader(dataset: TrainSet, batches: int, accelerator: Accelerator) -> t
     (m,) the image of each box, `im_file` the paths, `lost` by image see `TrainSet`.
     """
     positions = Positions(batches, dataset.config.batch, accelerator.num_processes)
-    return _loader(dataset, positions, dataset.config, accelerator), positions
+    positions.set(0, batches, False)  # nothing is left of it
+    loader = _loader(dataset, positions, dataset.config, accelerator)
+    positions.set(0, 0, False)
+    return loader, positions
 
 
 def val_loader(dataset: ValSet, config: EvalConfig, accelerator: Accelerator) -> DataLoader:
     """This rank's validation batches: whole batches, none padded, none twice; ranks may hold different numbers."""
-    return _loader(dataset, dataset.batches(config.val_batch), config, accelerator)
+    batches = Batches(dataset.batches(config.val_batch))
+    loader = _loader(dataset, batches, config, accelerator)
+    batches.open = True
+    return loader
 
 
 def as_images(batch: torch.Tensor, memory_format: torch.memory_format) -> torch.Tensor:

@@ -146,6 +146,17 @@ class Images(YOLODataset):
                 time.sleep(pause)
         raise AssertionError
 
+    def get_image_and_label(self, index: int) -> dict[str, Any]:
+        """An image and its labels, as Ultralytics' method gives them; that one copies labels, which are new here."""
+        label = self.labels[index]
+        del label["shape"]
+        label["img"], label["ori_shape"], label["resized_shape"] = self.load_image(index)
+        (height, width), (full_height, full_width) = label["resized_shape"], label["ori_shape"]
+        label["ratio_pad"] = height / full_height, width / full_width
+        if self.rect:
+            label["rect_shape"] = self.batch_shapes[self.batch[index]]
+        return self.update_labels_info(label)
+
 
 class _Partners:
     """What Ultralytics' mixing transforms take for the data set: the images they may draw partners from.
