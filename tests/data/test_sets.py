@@ -6,6 +6,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from accelerate import Accelerator
@@ -16,7 +17,7 @@ from tests.data.conftest import load
 from tests.labels import labels_of
 from train.config.options import Augmentation, TrainConfig
 from train.data.formats import read_image
-from train.data.loaders import Positions
+from train.data.loaders import Positions, train_loader, val_loader
 from train.data.sets import GROUP, TrainSet, ValSet, augmentation
 
 
@@ -97,6 +98,25 @@ def test_the_ranks_shares_make_up_the_batch():
     halves = list(Positions(batches=3, batch=8, ranks=2))
     assert not hasattr(Positions(1, 1, 1), "batch_size")  # Accelerate would drop batches
     assert [a + b for a, b in zip(halves[0::2], halves[1::2], strict=True)] == whole
+
+
+def test_workers_are_there_from_the_start_and_stay(train_set: TrainSet, shapes: Path, accelerator: Accelerator):
+    def workers() -> set[int]:
+        return {child.pid for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE}
+
+    others = workers()
+    config = TrainConfig(imgsz=64, batch=8, epochs=3, workers=1, val_batch=8)
+    labels, names = load(shapes, "val", accelerator)
+    train, positions = train_loader(TrainSet(train_set.scanned, names, 3, config), 5, accelerator)
+    val = val_loader(ValSet(labels, names, 3, 64, 32, True), config, accelerator)
+    started = workers() - others
+    assert len(started) == 2  # a fork of a rank that has trained would copy all of its memory
+    for epoch in range(2):
+        positions.set(epoch, 0, False)
+        assert len(list(train)) == 5
+        ids = sorted(i for batch in val for i in batch["id"])
+        assert ids == sorted(labels.ids.tolist())
+        assert workers() - others == started
 
 
 def test_rect_batches_have_one_shape_and_little_padding(shapes: Path, accelerator: Accelerator):
