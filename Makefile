@@ -16,7 +16,7 @@ QUICK := --imgsz 160 --epochs 15 --batch 16 --nbs 16 --optimizer AdamW --lr0 0.0
 OWN = $(findstring --data,$(ARGS))$(findstring --cfg,$(ARGS))$(findstring --resume,$(ARGS))
 LAST_WEIGHTS = $$(ls -t runs/detect/*/weights/best.pt 2>/dev/null | head -n 1)
 
-.PHONY: help train validate doctor test test-slow test-cuda fuzz bench-eval bench-log bench-quick bench-save bench-data soak hashes check clean clean-cache
+.PHONY: help train validate doctor test test-slow test-cuda fuzz bench bench-eval bench-log bench-quick bench-save bench-data soak hashes check clean clean-cache
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -46,6 +46,9 @@ test-cuda: .venv/installed-dev  ## run the tests that need a GPU, and print how 
 
 fuzz: .venv/installed  ## damaged labels and YAMLs for 60 seconds: no reader fails but by its own error
 	@exec $(PY) -m tests.fuzz $(or $(ARGS),60 $$(date +%s))
+
+bench: .venv/installed-dev  ## train beside Ultralytics and print the ratios: ARGS="--data coco128.yaml --json FILE --plot FILE"
+	@exec $(PY) -m tests.bench.race $(ARGS)
 
 bench-eval: .venv/installed  ## measure evaluation against pycocotools and yolo val: make bench-eval ARGS="--data coco128.yaml"
 	@exec $(PY) -m tests.bench.evaluation $(ARGS)
