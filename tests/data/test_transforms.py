@@ -70,24 +70,25 @@ def test_the_bytes_are_those_of_ultralytics_own(name: str, shapes: Path, acceler
                 assert one["img"].is_contiguous()
 
 
-def test_images_of_one_channel(tmp_path: Path, accelerator: Accelerator, monkeypatch):
+@pytest.mark.parametrize("channels", [1, 4])
+def test_images_of_other_channels(channels: int, tmp_path: Path, accelerator: Accelerator, monkeypatch):
     rng = np.random.default_rng(0)
     for folder in ("images/train", "labels/train"):
         (tmp_path / folder).mkdir(parents=True)
     for i in range(20):
-        cv2.imwrite(str(tmp_path / f"images/train/{i}.png"), rng.integers(0, 256, (40 + i, 70 - i), np.uint8))
+        cv2.imwrite(str(tmp_path / f"images/train/{i}.png"), rng.integers(0, 256, (40 + i, 70 - i, channels), np.uint8))
         (tmp_path / f"labels/train/{i}.txt").write_text("0 0.5 0.5 0.4 0.4\n")
     (tmp_path / "grey.yaml").write_text(
-        f"path: {tmp_path}\ntrain: images/train\nval: images/train\nnames: [a]\nchannels: 1\n"
+        f"path: {tmp_path}\ntrain: images/train\nval: images/train\nnames: [a]\nchannels: {channels}\n"
     )
     labels, names = load(tmp_path / "grey.yaml", "train", accelerator)
     config = TrainConfig(imgsz=64, batch=16, epochs=2, seed=3)
-    fast = TrainSet(labels, names, 1, config)
+    fast = TrainSet(labels, names, channels, config)
     monkeypatch.setattr(sets, "faster", lambda transforms: transforms)
-    slow = Slow(labels, names, 1, config)
+    slow = Slow(labels, names, channels, config)
     keys = [(0, position, False) for position in range(16)]
     for one, other in zip(fast.__getitems__(keys), slow.__getitems__(keys), strict=True):
-        assert one["img"].shape == (1, 64, 64)
+        assert one["img"].shape == (channels, 64, 64)
         assert torch.equal(one["img"], other["img"])
         assert torch.equal(one["bboxes"], other["bboxes"])
 
