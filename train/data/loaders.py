@@ -50,29 +50,29 @@ class Positions:
             yield [(self.epoch, position, self.closed, self.lost) for position in range(start, start + share)]
 
 
-class Batches:
-    """Batch sampler: hands out the same batches each time, once it is open."""
+class Gate:
+    """Batch sampler: hands out another's batches once it is open. It has no `batch_size` either."""
 
-    def __init__(self, batches: list[list[int]]):
+    def __init__(self, batches: Any):
         self.batches, self.open = batches, False
 
     def __len__(self) -> int:
         return len(self.batches)
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[list]:
         return iter(self.batches if self.open else ())
 
 
-def _loader(dataset: Images, batch_sampler: Any, config: EvalConfig, accelerator: Accelerator) -> DataLoader:
-    """A loader whose workers run, and have nothing to do.
+def _loader(dataset: Images, batches: Any, config: EvalConfig, accelerator: Accelerator) -> DataLoader:
+    """A loader of these batches whose workers run, and have nothing to do yet.
 
     They are forked from this process, and share its memory until it writes into it: later, when it is large, it would
     copy all of it, page by page, and they would keep what it was.
     """
-    workers = min(config.workers, cores_of_rank())
+    workers, gate = min(config.workers, cores_of_rank()), Gate(batches)
     loader: DataLoader = DataLoader(
         dataset,
-        batch_sampler=batch_sampler,
+        batch_sampler=gate,  # type: ignore[arg-type]
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=accelerator.device.type == "cuda",
@@ -82,6 +82,7 @@ def _loader(dataset: Images, batch_sampler: Any, config: EvalConfig, accelerator
     prepared: Any = accelerator.prepare(loader)
     if workers:
         iter(prepared.base_dataloader)  # which keeps its workers from here on
+    gate.open = True
     return prepared
 
 
@@ -97,18 +98,12 @@ def train_loader(dataset: TrainSet, batches: int, accelerator: Accelerator) -> t
     (m,) the image of each box, `im_file` the paths, `lost` by image see `TrainSet`.
     """
     positions = Positions(batches, dataset.config.batch, accelerator.num_processes)
-    positions.set(0, batches, False)  # nothing is left of it
-    loader = _loader(dataset, positions, dataset.config, accelerator)
-    positions.set(0, 0, False)
-    return loader, positions
+    return _loader(dataset, positions, dataset.config, accelerator), positions
 
 
 def val_loader(dataset: ValSet, config: EvalConfig, accelerator: Accelerator) -> DataLoader:
     """This rank's validation batches: whole batches, none padded, none twice; ranks may hold different numbers."""
-    batches = Batches(dataset.batches(config.val_batch))
-    loader = _loader(dataset, batches, config, accelerator)
-    batches.open = True
-    return loader
+    return _loader(dataset, dataset.batches(config.val_batch), config, accelerator)
 
 
 def as_images(batch: torch.Tensor, memory_format: torch.memory_format) -> torch.Tensor:
