@@ -41,6 +41,7 @@ ROOT = Path(__file__).resolve().parents[2]
 MODEL, IMGSZ, BATCH = "yolov8n.yaml", 320, 16
 GPU = torch.cuda.is_available()
 SHORT, WHOLE = 4, 10  # epochs
+KEPT = Path(tempfile.gettempdir()) / f"bench-{os.getuid()}"  # settings, font and index, which later runs find
 
 
 @dataclass
@@ -49,9 +50,7 @@ class Run:
 
     command: list[str]
     seconds: dict[str, float] = field(default_factory=dict)  # since the command: first step, end
-    epochs: list[float] = field(
-        default_factory=list
-    )  # seconds from one validation to the end of the next epoch's steps
+    epochs: list[float] = field(default_factory=list)  # seconds from a validation to the end of the next steps
     validations: list[float] = field(default_factory=list)  # seconds
     memory: int = 0  # bytes
     ap: float = 0.0
@@ -160,10 +159,10 @@ def _watched(command: list[str], folder: str, threads: int | None, run: Run) -> 
     environment |= {
         "PYTHONPATH": str(ROOT),
         "WANDB_MODE": "offline",
-        "YOLO_CONFIG_DIR": str(KEPT),
         "WANDB_SILENT": "true",
+        "YOLO_CONFIG_DIR": str(KEPT),
+        "XDG_CACHE_HOME": str(KEPT),
     }
-    environment |= {"XDG_CACHE_HOME": str(KEPT)}
     if not GPU:
         environment["ACCELERATE_USE_CPU"] = "true"
     if threads:
@@ -195,9 +194,6 @@ def _watched(command: list[str], folder: str, threads: int | None, run: Run) -> 
             for one in (*tree.children(recursive=True), tree):
                 one.kill()
         process.wait()
-
-
-KEPT = Path(tempfile.gettempdir()) / f"bench-{os.getuid()}"  # settings, font and index, which later runs find
 
 
 # The table ------------------------------------------------------------------------------------------------------------
@@ -286,7 +282,6 @@ def main() -> None:
         what = "fp32, one thread and worker each" if not GPU else "fp32, one worker each"
         runs[what] = turns(few, lambda: ultralytics(long, 1, amp=False), lambda: ours(long, 1, *fp32))
         whole(table, what, runs[what], images)
-    plain = None
     if used & {"default", "bf16"}:
         what = "fp32, as each runs by default"
         sides = [lambda: ultralytics(short, None, amp=GPU), lambda: ours(short, None, *fp32)]
@@ -372,7 +367,7 @@ def accuracy(table: Table, runs: dict[str, Any], seeds: int) -> None:
     from train.data.shapes import draw_shapes
 
     words = re.findall(r"--([\w-]+)(?: ([^\s-]\S*))?", quick())
-    recipe = {name.replace("-", "_"): _number(value) if value else True for name, value in words}
+    recipe = {name.replace("-", "_"): yaml.safe_load(value) if value else True for name, value in words}
     recipe["data"] = seen_by_both(str(draw_shapes(KEPT)))
     made = turns(
         1,
@@ -388,11 +383,6 @@ def accuracy(table: Table, runs: dict[str, Any], seeds: int) -> None:
     cells = [what, *(f"{value:.3f}" for value in mean), f"{mean[1] - mean[0]:+.3f} (standard error {error:.3f})"]
     print(f"| {' | '.join(cells)} | {verdict} |", flush=True)
     table.rows.append({"what": what, "theirs": theirs, "ours": mine, "error": error})
-
-
-def _number(text: str) -> float | int | str:
-    """A value of an option as YAML would have it."""
-    return yaml.safe_load(text)
 
 
 def plot(rows: list[dict[str, Any]], file: Path) -> None:

@@ -146,7 +146,7 @@ def cache_images(
             assert lock is not None  # the first process of the machine holds it
             opened[cache.file] = ImageCache(cache.file, lock)
         cache.dataset.cached = opened[cache.file]
-    together(lambda: None)
+    accelerator.wait_for_everyone()  # before the first process of the machine lets go
     for lock in held.values():
         os.close(lock)
 

@@ -10,6 +10,7 @@ from train.processes import early  # noqa: F401  # first, see there
 
 import argparse
 import contextlib
+import gc
 import logging
 import os
 import signal
@@ -160,6 +161,7 @@ def main() -> None:
     parser.add_argument("--cpus", default="", help="processes on the CPU")
     parser.add_argument("script", nargs=argparse.REMAINDER, help="-- the script and its options")
     given = parser.parse_args()
+    gc.enable()  # which early.py leaves to who has imported all: this process may wait for days
     try:
         check_environment()
         environment, options = launch_options(_number("GPUS", given.gpus), _number("CPUS", given.cpus))
