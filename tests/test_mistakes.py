@@ -190,11 +190,12 @@ VALIDATE_CASES = [
 AFTER_LABELS = ("usable label", "--strict", "lacks 21")
 
 
-def test_each_mistake_is_one_message_with_its_mend(home: Path):
+def test_each_mistake_is_one_message_with_its_mend(home: Path, tmp_path: Path):
     before = sorted(home.rglob("*"))
     cases = [(DETECT, *case) for case in CASES] + [(VALIDATE, *case) for case in VALIDATE_CASES]
     lines = "".join(json.dumps([str(script), *arguments]) + "\n" for script, arguments, _ in cases)
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "2"}
+    environment["XDG_CACHE_HOME"] = str(tmp_path)  # another test's index would hide that labels are read
     done = subprocess.run(
         [sys.executable, str(ROOT / "tests" / "workers" / "mistakes.py")],
         input=lines, capture_output=True, text=True, cwd=home, env=environment, timeout=300,

@@ -32,7 +32,7 @@ from train.data.labels import check_usable, train_labels, val_labels
 from train.data.loaders import train_loader, val_loader
 from train.data.scan import check_ahead, read_index
 from train.data.sets import TrainSet, ValSet
-from train.evaluation.cocofiles import read_truth
+from train.evaluation.cocofiles import read_annotated, read_truth
 from train.evaluation.evaluate import Evaluation, evaluate
 from train.model.build import (
     ModelEMA,
@@ -105,11 +105,12 @@ def main(config: TrainConfig) -> None:
 
     # Data: an index of all labels, which was kept, or is read now by all ranks together, and mapped by each.
     report.watch.begin("reading labels")
+    annotated = read_annotated(config, accelerator)
     index = read_index(data, ("train", config.split), config, accelerator, ahead, report.say, report.reading)
     train_images = train_labels(index["train"], len(data.names), config, config.fraction)
     val_images = val_labels(index[config.split], len(data.names), config)
     on_main(accelerator, lambda: check_usable(data.name, train_images, val_images, config))
-    truth = read_truth(val_images, data.names, config, accelerator)
+    truth = read_truth(val_images, data.names, config, accelerator, annotated)
     before = saved["images"] if saved else {}
     images: dict[str, Tensor] = {}  # what they are now; the main process keeps it with the run
     on_main(

@@ -33,7 +33,7 @@ from train.data.listing import DataFiles
 from train.data.loaders import val_loader
 from train.data.scan import check_ahead, read_index
 from train.data.sets import ValSet
-from train.evaluation.cocofiles import check_predictions, read_predictions, read_truth
+from train.evaluation.cocofiles import check_predictions, read_annotated, read_predictions, read_truth
 from train.evaluation.evaluate import evaluate, measure
 from train.evaluation.truth import Truth
 from train.model.build import check_imgsz, largest_stride, set_end2end
@@ -133,10 +133,11 @@ def split_to_validate(
 ) -> tuple[Labels, Truth]:
     """The labels and the truth of the split (collective)."""
     report.watch.begin("reading labels")
+    annotated = read_annotated(config, accelerator)
     index = read_index(data, (config.split,), config, accelerator, ahead, report.say, report.reading)
     labels = val_labels(index[config.split], len(data.names), config)
     on_main(accelerator, lambda: check_usable(data.name, None, labels, config))
-    truth = read_truth(labels, data.names, config, accelerator)
+    truth = read_truth(labels, data.names, config, accelerator, annotated)
     report.watch.end()
     return labels, truth
 

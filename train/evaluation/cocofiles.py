@@ -208,11 +208,38 @@ def check_predictions(file: str, rows: np.ndarray, truth: Truth) -> None:
             )
 
 
-def read_truth(labels: Labels | None, names: dict[int, str], config: EvalConfig, accelerator: Accelerator) -> Truth:
+def read_annotated(config: EvalConfig, accelerator: Accelerator) -> Truth | None:
+    """What --annotations says, for `read_truth`; the main process alone reads it and has it (collective).
+
+    Call it before the labels are read: they may take minutes.
+
+    Raises:
+        InputError: on all ranks, where it cannot be used.
+    """
+    said: list[Truth] = []
+    if config.annotations:
+        on_main(accelerator, lambda: said.append(read_annotations(config.annotations)))
+    return said[0] if said else None
+
+
+def read_truth(
+    labels: Labels | None,
+    names: dict[int, str],
+    config: EvalConfig,
+    accelerator: Accelerator,
+    annotated: Truth | None = None,
+) -> Truth:
     """The COCO truth of these images, or of all in the annotation file (collective).
 
     It is what the labels say, or --annotations, whose image ids the labels then take over. The main process alone
-    reads that file, and alone has what is in it.
+    has what is in that file.
+
+    Args:
+        labels: of the images; None for all in the annotation file.
+        names: of the classes.
+        config: names the annotation file.
+        accelerator: of the run.
+        annotated: what it says, where the main process has read it already.
 
     Raises:
         InputError: on all ranks, where the annotation file cannot be used.
@@ -223,7 +250,7 @@ def read_truth(labels: Labels | None, names: dict[int, str], config: EvalConfig,
     whole: list[Truth] = []
 
     def read() -> tuple[np.ndarray, list[dict[str, Any]]]:
-        said = read_annotations(config.annotations)
+        said = read_annotations(config.annotations) if annotated is None else annotated
         whole.append(said if labels is None else own_truth(config.annotations, labels, names, config, said))
         return whole[0].ids, whole[0].categories
 
