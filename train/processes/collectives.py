@@ -36,18 +36,11 @@ def once_per_machine(accelerator: Accelerator, work: Callable[[], T]) -> T:
 
     Returns each process's own result. An error on one machine is every rank's error (collective).
     """
-    result: Any = None
-    for turn in (True, False):
-        failure = None
-        if accelerator.is_local_main_process == turn:
-            try:
-                result = work()
-            except InputError as error:
-                failure = error
-        failures = [failed for failed in gather_object([failure]) if failed is not None]
-        if failures:
-            raise failures[0]
-    return result
+    results: list[T] = []
+    first = accelerator.is_local_main_process
+    together(lambda: results.append(work()) if first else None)
+    together(lambda: None if first else results.append(work()))
+    return results[0]
 
 
 def together(work: Callable[[], Any]) -> None:
