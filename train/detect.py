@@ -184,13 +184,16 @@ def main(config: TrainConfig) -> None:
                 report.stopped(state)
                 raise Ended(progress.end)
         report.trained(state)
+        plans = config.time is not None and epoch == 0
+        ends = plans or epoch + 1 == schedule.config.epochs or epoch - state.best_epoch >= config.patience
+        if not ends:  # the workers go on meanwhile
+            positions.set(epoch + 1, 0, schedule.closed(epoch + 1))
+            train_batches.start()
         report.saved(saves.save())  # what follows may take long, or more memory than there is
         stop.agree()
 
         state.finish(epoch)
         sync_from_main(ema.ema)  # BatchNorm's running statistics are each rank's own
-        plans = config.time is not None and epoch == 0
-        ends = plans or epoch + 1 == schedule.config.epochs or epoch - state.best_epoch >= config.patience
         result: Evaluation | None = None
         if ends or (epoch + 1) % config.val_interval == 0:
             evaluated = inference_copy(ema.ema, accelerator.device, config.memory_format, losses=True)

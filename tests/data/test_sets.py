@@ -2,8 +2,10 @@
 
 import os
 import random
+import time
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -117,6 +119,17 @@ def test_workers_are_there_from_the_start_and_stay(train_set: TrainSet, shapes: 
         ids = sorted(i for batch in val for i in batch["id"])
         assert ids == sorted(labels.ids.tolist())
         assert workers() - others == started
+    positions.set(2, 0, False)
+    assert train.started is None
+    train.start()  # while this process validates
+    ahead: Any = train.started
+    while ahead._worker_result_queue.empty():  # the worker prepares batches though nobody asks for one
+        time.sleep(0.01)
+    positions.set(2, 0, False)  # as the next epoch does
+    order = train.dataset.order(2)[:40].tolist()
+    assert [file for batch in train for file in batch["im_file"]] == [train_set.im_files[i] for i in order]
+    assert len(list(train)) == 5  # once only
+    assert workers() - others == started
 
 
 def test_rect_batches_have_one_shape_and_little_padding(shapes: Path, accelerator: Accelerator):

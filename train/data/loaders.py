@@ -50,6 +50,21 @@ class Positions:
             yield [(self.epoch, position, self.closed, self.lost) for position in range(start, start + share)]
 
 
+class Ahead(DataLoader):
+    """A loader whose workers can be set to the next epoch's first batches while this process does something else."""
+
+    started: Iterator | None = None
+
+    def start(self) -> None:
+        """Begin the next epoch; without workers nothing happens before it is asked for."""
+        if self.num_workers:
+            self.started = super().__iter__()
+
+    def __iter__(self) -> Iterator:  # type: ignore[override]
+        started, self.started = self.started, None
+        return super().__iter__() if started is None else started
+
+
 class Gate:
     """Batch sampler: hands out another's batches once it is open. It has no `batch_size` either."""
 
@@ -63,7 +78,7 @@ class Gate:
         return iter(self.batches if self.open else ())
 
 
-def _loader(dataset: Images, batches: Any, config: EvalConfig, accelerator: Accelerator) -> DataLoader:
+def _loader(dataset: Images, batches: Any, config: EvalConfig, accelerator: Accelerator) -> Ahead:
     """A loader of these batches whose workers run, and have nothing to do yet.
 
     They are forked from this process, and share its memory until it writes into it: later, when it is large, it would
@@ -80,6 +95,7 @@ def _loader(dataset: Images, batches: Any, config: EvalConfig, accelerator: Acce
         worker_init_fn=_begin_worker,
     )
     prepared: Any = accelerator.prepare(loader)
+    prepared.base_dataloader.__class__ = Ahead  # Accelerate has made a plain one
     if workers:
         iter(prepared.base_dataloader)  # which keeps its workers from here on
     gate.open = True
@@ -91,8 +107,10 @@ def _begin_worker(worker: int) -> None:
     keep_freed()
 
 
-def train_loader(dataset: TrainSet, batches: int, accelerator: Accelerator) -> tuple[DataLoader, Positions]:
+def train_loader(dataset: TrainSet, batches: int, accelerator: Accelerator) -> tuple[Ahead, Positions]:
     """This rank's training batches, and the sampler that is to be `set` before each epoch.
+
+    Once it is set, `start` has the workers prepare the epoch's first batches before it is iterated over.
 
     A batch is a dict: `img` uint8 (n, 3, imgsz, imgsz) RGB, `cls` (m, 1), `bboxes` (m, 4) xywh normalised, `batch_idx`
     (m,) the image of each box, `im_file` the paths, `lost` by image see `TrainSet`.
