@@ -97,7 +97,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, shapes: Path) -> dict[int, tu
     """The same short training on 1, 2 and 4 processes: (run folder, console)."""
 
     def train(folder: Path) -> None:
-        options = "--imgsz 64 --epochs 2 --batch 8 --nbs 8 --warmup-epochs 0 --workers 0 --trackers none"
+        options = "--imgsz 64 --epochs 2 --batch 8 --nbs 8 --warmup-epochs 0 --workers 1 --trackers none"
         for ranks in (1, 2, 4):
             home = folder / str(ranks)
             home.mkdir()

@@ -163,9 +163,9 @@ def main(config: TrainConfig) -> None:
 
     # What validation depends on is kept in the checkpoints, so that validate.py repeats it: the YAML's whole path, too.
     validated = replace(config, data=data.name, mixed_precision=config.val_precision or config.mixed_precision)
-    saves, stop = Saves(state, meter, given, images, weights), Stop(accelerator)
+    saves, stop = Saves(state, meter, given, images, weights, report.aside), Stop(accelerator)
     lost = LostImages(accelerator, positions, state.lost)
-    best: Evaluation | None = None
+    best: tuple[int, Evaluation] | None = None
     while (epoch := state.epoch + 1) < schedule.config.epochs and epoch - 1 - state.best_epoch < config.patience:
         positions.set(epoch, state.batches, schedule.closed(epoch))
         state.begin()
@@ -181,6 +181,7 @@ def main(config: TrainConfig) -> None:
             if due:
                 report.saved(saves.save())
             if progress.end:  # a signal, or the time is up: all ranks end after this step
+                report.saved(saves.settle())
                 report.stopped(state)
                 raise Ended(progress.end)
         report.trained(state)
@@ -208,20 +209,21 @@ def main(config: TrainConfig) -> None:
             set_length(detector, state.length)
         end_of_epoch(detector)  # of an end-to-end model's two losses one fades into the other
         report.epoch(state, result, truth, last=ends)
-        last = epoch + 1 == schedule.config.epochs or epoch - state.best_epoch >= config.patience
-        report.saved(saves.save(validated, result), last)
-        if state.best_epoch == epoch:
-            best = result
+        report.saved(saves.save(validated, result))
+        if result is not None and state.best_epoch == epoch:
+            best = epoch, result
         stop.agree()
+    report.saved(saves.settle(), last=True)
     if epoch < schedule.config.epochs:
         report.say(f"stopped: no better epoch than {state.best_epoch + 1} for {config.patience} epochs (--patience)")
 
-    if best is None:  # the best epoch was before the run was resumed
+    if best is None or best[0] != state.best_epoch:  # it was before the run was resumed, or could not be saved
         best_model, _ = load_detector(hand_out(accelerator, weights / "best.pt"))
         evaluated = inference_copy(best_model, accelerator.device, config.memory_format)
-        best = evaluate(evaluated, report.watched(val_batches, "validating"), truth, validated, accelerator, stop)
+        result = evaluate(evaluated, report.watched(val_batches, "validating"), truth, validated, accelerator, stop)
+        best = state.best_epoch, result
     report.say(f"best.pt, epoch {state.best_epoch + 1}:")
-    report.evaluation(best, truth, validated)
+    report.evaluation(best[1], truth, validated)
     report.say(f"{report.taken()}; results in {folder}")
     report.close(state)
     stop.close()

@@ -3,8 +3,8 @@
 usage: python -m tests.bench.saves [--folder FOLDER]
 
 Saves the state of YOLOv8n and of YOLOv8x with AdamW's moments, flushed to the disk of FOLDER (the working directory's),
-and the state with last.pt and best.pt after an epoch; then what is asked for after each step where no save is due and
-nobody was told to end. Medians.
+and the state with last.pt and best.pt after an epoch: until the training goes on, and until the files are written; then
+what is asked for after each step where no save is due and nobody was told to end. Medians.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from accelerate import Accelerator
 from train.config.options import TrainConfig
 from train.model.build import ModelEMA, build_model
 from train.model.loss import build_criterion
+from train.processes.aside import Aside
 from train.processes.stops import Stop
 from train.training.engine import Progress
 from train.training.meter import Meter
@@ -45,21 +46,23 @@ def made(model: str, folder: Path) -> Saves:
     meter = Meter(accelerator, detector)
     meter.add(dict.fromkeys(("box_loss", "cls_loss", "dfl_loss"), torch.ones(())), ["a.jpg"])
     meter.step(torch.ones(()))
-    return Saves(state, meter, config, {}, folder)
+    return Saves(state, meter, config, {}, folder, Aside(at_once=False))
 
 
-def seconds_of_saves(saves: Saves, **epoch: Any) -> float:
-    """Median of several saves."""
+def seconds_of_saves(saves: Saves, **epoch: Any) -> str:
+    """Medians of several saves: until the training goes on, until all is written."""
     taken = []
     for step in range(TIMES):
         saves.state.ema.updates, saves.state.batches = step, step + 1
         if epoch:
             saves.state.best_epoch = saves.state.epoch = step
         begun = time.perf_counter()
-        failed = saves.save(**epoch)
-        taken.append(time.perf_counter() - begun)
+        saves.save(**epoch)
+        copied = time.perf_counter() - begun
+        failed = saves.settle()
+        taken.append((copied, time.perf_counter() - begun))
         assert not failed, failed
-    return statistics.median(taken)
+    return "{:.2f} s, {:.2f} s".format(*map(statistics.median, zip(*taken, strict=True)))
 
 
 def main() -> None:
@@ -67,13 +70,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path())
     given = parser.parse_args()
-    print("| | state | after an epoch, with last.pt and best.pt | bytes of a state |\n| --- | --- | --- | --- |")
+    print("| | state: copied, written | after an epoch, with last.pt and best.pt | bytes of a state |")
+    print("| --- | --- | --- | --- |")
     for model in ("yolov8n.yaml", "yolov8x.yaml"):
         with tempfile.TemporaryDirectory(dir=given.folder) as folder:
             saves = made(model, Path(folder))
             alone, whole = seconds_of_saves(saves), seconds_of_saves(saves, validated=saves.config)
             size = states(Path(folder))[0].stat().st_size
-            print(f"| {Path(model).stem} | {alone:.2f} s | {whole:.2f} s | {size / 1e6:.0f} MB |", flush=True)
+            print(f"| {Path(model).stem} | {alone} | {whole} | {size / 1e6:.0f} MB |", flush=True)
     stop = Stop(saves.state.accelerator)
     begun = time.perf_counter()
     for step in range(10_000):

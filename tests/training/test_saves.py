@@ -146,7 +146,7 @@ def test_auto_leaves_a_run_alone_that_somebody_is_at(tmp_path: Path):
 
 def test_a_full_disk_is_a_warning_as_long_as_something_can_follow(tmp_path: Path, shapes: Path):
     """From step 8 to 10 of 15 no file may be larger than 100 kB. What it means at the end is in test_mistakes.py."""
-    options = ["--data", shapes, "--model", TINY, *OPTIONS.split(), "--epochs", 3]
+    options = ["--data", shapes, "--model", TINY, *OPTIONS.split(), "--epochs", 3, "--workers", 1]
     succeed(1, DETECT, *options, "--name", "whole", cwd=tmp_path)
     console = succeed(1, KILLED, "full:8:10", *options, "--name", "full", cwd=tmp_path)
     assert console.count("weights could not be written to, where ") == 2  # before the validation and after

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import train.evaluation.evaluate
+from train.processes.aside import finish
 from train.processes.stops import Stop
 
 given = sys.argv.pop(1).split("+")
@@ -49,6 +50,7 @@ def announced(self: Stop, step: int) -> None:
         signal.raise_signal(signal.SIGUSR1)
     if what[0] == "full" and step in (int(what[1]), int(what[2]) + 1):
         limit = LARGEST if step == int(what[1]) else resource.RLIM_INFINITY
+        finish()  # what was saved before is written beside the steps
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
     if what[:2] == ["kill", "step"]:
         count()

@@ -19,7 +19,7 @@ from train.config.errors import InputError
 from train.config.options import C
 from train.config.reading import Kept, parse
 from train.config.words import printable
-from train.processes import signals
+from train.processes import aside, signals
 from train.processes.devices import launched, local_processes
 from train.processes.exits import End, end_workers, leave, note, saving, say
 from train.processes.logs import log_stream, run_folder
@@ -46,6 +46,7 @@ def run(main: Callable[[C], None], kind: type[C], description: str, kept: Kept |
             signals.deafen()
     except signals.Ended as ended:
         signals.deafen()
+        aside.finish()
         logging.getLogger("train").warning(ended.end.reason)
         end = _ended_by(ended.end, saving.is_set())
     if end is None:

@@ -192,12 +192,10 @@ def draw_labels(labels: Labels, names: dict[int, str], folder: Path) -> None:
 
 
 def draw_batch(batch: dict[str, Any], names: dict[int, str], file: Path) -> None:
-    """Images of a training batch as the loader gives them, uint8, with their boxes."""
+    """Images of a training batch as the loader gives them, uint8, with their boxes, which are scaled in place."""
     names = drawable(names)
-    # copies: Ultralytics scales images and boxes in place
-    shown = {name: batch[name].to("cpu", copy=True) for name in ("img", "cls", "bboxes", "batch_idx")}
-    shown["cls"] = shown["cls"].squeeze(-1)
-    shown["img"] = shown["img"].float() / 255  # Ultralytics takes uint8 images for floats where the first one is black
+    shown = {name: batch[name] for name in ("bboxes", "batch_idx")} | {"cls": batch["cls"].squeeze(-1)}
+    shown["img"] = batch["img"].float() / 255  # Ultralytics takes uint8 images for floats where the first one is black
     plot_images(shown, paths=[printable(file) for file in batch["im_file"]], fname=file, names=names, threaded=False)
 
 

@@ -10,7 +10,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import train
 from train.config.options import TrainConfig
 from train.evaluation.evaluate import Evaluation
 from train.evaluation.truth import Truth
+from train.processes.aside import Aside
 from train.processes.collectives import on_main
 from train.reporting.repository import git_state
 from train.reporting.results import versions
@@ -35,11 +36,12 @@ class Tracking:
     Args:
         accelerator: holds the trackers.
         say: gives a line to the console.
+        aside: hands the trackers what they get, once they have started.
         wandb: whether W&B will be used; its import and its service then start beside the reading of the data.
     """
 
-    def __init__(self, accelerator: Accelerator, say: Callable[[str], None], wandb: bool = False):
-        self.accelerator, self.say = accelerator, say
+    def __init__(self, accelerator: Accelerator, say: Callable[[str], None], aside: Aside, wandb: bool = False):
+        self.accelerator, self.say, self.aside = accelerator, say, aside
         self.run: Any = None  # of W&B, on the main process
         self.shown = -math.inf  # the last epoch that tables, charts and pictures were sent after
         # Else W&B reports to its makers at exit, offline runs included, and waits for a network that is not there.
@@ -126,7 +128,12 @@ class Tracking:
         """One row of numbers; `step` rises from call to call."""
         if self.accelerator.trackers:
             # W&B would keep the row in memory until the next
-            self._safely(lambda: self.accelerator.log(values, step=step, log_kwargs={"wandb": {"commit": True}}))
+            commit = {"wandb": {"commit": True}}
+            self._later(lambda: self.accelerator.log(values, step=step, log_kwargs=commit))
+
+    def _later(self, work: Callable[[], Any]) -> None:
+        """In the order in which it is asked for; not by the main thread."""
+        self.aside.do(lambda: self._safely(work))
 
     def _safely(self, work: Callable[[], Any]) -> None:
         """Whatever goes wrong with a tracker ends the tracking, not the training."""
@@ -152,12 +159,15 @@ class Tracking:
             return
         row = state.rows[-1]
         if self.run is not None:
-            self._safely(lambda: self._show(state, result, truth, last))
+            now = replace(state, rows=[*state.rows])  # it goes on
+            self._later(lambda: self._show(now, result, truth, last))
         numbers = {name: value for name, value in row.items() if value is not None} | speed | {"lr": row["lr/pg0"]}
         self.log(numbers, row["global_step"])
 
     def _show(self, state: TrainState, result: Evaluation | None, truth: Truth, last: bool) -> None:
         """What W&B shows beyond numbers, with the epoch's row."""
+        if self.run is None:  # it has failed meanwhile
+            return
         from train.reporting import wandb_page  # imports W&B: 0.3 s
 
         rows, val = state.rows, self.config.val_name
@@ -176,6 +186,7 @@ class Tracking:
 
     def close(self, state: TrainState | None) -> None:
         """Hand best.pt and last.pt to W&B as versions of one model, and finish the trackers."""
+        self.aside.wait()
         if self.run is not None and state is not None:
             self._safely(lambda: self._log_model(state))
         self._safely(self.accelerator.end_training)

@@ -4,19 +4,21 @@ import platform
 import time
 import unicodedata
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 
 from train.config.errors import InputError
-from train.config.options import TrainConfig
+from train.config.options import EvalConfig, TrainConfig
 from train.config.words import printable
 from train.data.labels import Labels
 from train.data.sets import TrainSet
 from train.evaluation.evaluate import Evaluation
 from train.evaluation.truth import Truth
 from train.processes import status
+from train.processes.aside import Aside
 from train.processes.collectives import on_main
 from train.processes.cores import Usage, core_count, shared_cores
 from train.reporting import lines
@@ -25,6 +27,7 @@ from train.reporting.results import epoch_row
 from train.reporting.tracking import Tracking
 from train.training.engine import Progress
 from train.training.optim import Schedule, epochs_within
+from train.training.saves import copied
 from train.training.state import TrainState
 
 LINES, STEPS = 8, 10  # unless --log-interval is given: most lines of losses in an epoch, least steps between two
@@ -42,7 +45,8 @@ class TrainingReport(Report):
 
     def __init__(self, accelerator: Accelerator, config: TrainConfig):
         super().__init__(accelerator, config)
-        self.tracking = Tracking(accelerator, self.say, "wandb" in config.trackers)
+        self.aside = Aside(at_once=config.workers == 0)
+        self.tracking = Tracking(accelerator, self.say, self.aside, "wandb" in config.trackers)
         self.drawn = -DRAWN
         self.usage = Usage.now()
 
@@ -72,8 +76,12 @@ class TrainingReport(Report):
         if shared := on_main(self.accelerator, self._shared_cores):  # collective
             self.say(f"warning: {shared}")
         if self.draws:
-            self.going_on("pictures", self._check_fonts)
-            self.going_on("pictures", lambda: plots().draw_labels(train.scanned, self.names, self.folder))
+            self._draw(self._check_fonts)
+            self._draw(lambda: plots().draw_labels(train.scanned, self.names, self.folder))
+
+    def _draw(self, picture: Callable[[], Any]) -> None:
+        """Beside the training, after what has been asked for before."""
+        self.aside.do(partial(self.going_on, "pictures", picture))
 
     def _shared_cores(self) -> str:
         """What it means that others keep the main process's cores busy; empty where they do not, or where it matters
@@ -114,7 +122,9 @@ class TrainingReport(Report):
         """Draw one of the first batches of the main process, with its boxes."""
         if self.draws:
             file = self.folder / f"train_batch{i}.jpg"
-            self.going_on("pictures", lambda: plots().draw_batch(batch, self.names, file))
+            # Copies: the step goes on with the batch, and the drawing changes images and boxes.
+            shown = copied({name: batch[name] for name in ("img", "cls", "bboxes", "batch_idx", "im_file")})
+            self._draw(lambda: plots().draw_batch(shown, self.names, file))
 
     def lost(self, places: list[int], images: Labels) -> None:
         """Training images that could be read when the run began, and in whose places others stand from here on."""
@@ -129,7 +139,11 @@ class TrainingReport(Report):
     def measured(self, state: TrainState, progress: Progress) -> None:
         """The first step ends the silence, each moves the bar. What was measured goes to the bar and the trackers, and
         where a line is due to the console.
+
+        Raises:
+            Exception: that drawing, tracking or saving has raised beside the training, and should not have.
         """
+        self.aside.check()
         self.watch.silent = ""
         self.console.advance()
         step, steps, window, lr = progress.step, progress.steps, progress.window, progress.lr
@@ -197,6 +211,7 @@ class TrainingReport(Report):
             last: whether this may be the last epoch.
         """
         assert state.whole is not None
+        self.aside.wait()  # what it draws and tracks is the detections of one epoch at a time
         val = self.config.val_name
         state.rows.append(epoch_row(state, state.whole, self.training, result, self.config))
         if result:
@@ -205,15 +220,20 @@ class TrainingReport(Report):
             self.timing(result)
         self.going_on("results.csv", lambda: self.results.table(state.rows))
         if self.draws and (last or time.perf_counter() - self.drawn > DRAWN):
-            self.going_on("pictures", lambda: self._draw_epoch(state, result, truth))
+            self._draw(partial(self._draw_epoch, [*state.rows], result, truth))
             self.drawn = time.perf_counter()
         self.tracking.epoch(state, state.whole.speed(), result, truth, last)
 
-    def _draw_epoch(self, state: TrainState, result: Evaluation | None, truth: Truth) -> None:
-        plots().draw_results(state.rows, self.config.val_name, self.folder / "results.png")
+    def _draw_epoch(self, rows: list[dict[str, Any]], result: Evaluation | None, truth: Truth) -> None:
+        plots().draw_results(rows, self.config.val_name, self.folder / "results.png")
         if result:
             same = [(place, "") for place in plots().same_images(truth)]
             plots().draw_page(result.detections, truth, same, self.folder / "val_batch.jpg")
+
+    def evaluation(self, evaluation: Evaluation, truth: Truth, config: EvalConfig) -> None:
+        """As `Report.evaluation`, when all that is drawn or tracked beside the training is done (collective)."""
+        self.aside.wait()
+        super().evaluation(evaluation, truth, config)
 
     def keep_results(self, work: Callable[[], Any]) -> None:
         """A training has its weights: results that cannot be written are a warning."""

@@ -11,6 +11,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import Future
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ from train.config.options import TrainConfig
 from train.config.words import seconds_of
 from train.evaluation.evaluate import Evaluation
 from train.model.weights import as_checkpoint
+from train.processes.aside import Aside
 from train.processes.collectives import on_main
 from train.processes.files import DRAFT, draft_of, whole_file
 from train.training.engine import Progress, check_finite
@@ -33,7 +35,7 @@ BESTS = ("best.pt", "best_next.pt", "best_before.pt", "last.pt")  # among which 
 
 
 class Saves:
-    """Saves a run while it goes on. Its methods are collective; the main process writes.
+    """Saves a run while it goes on. Its methods are collective; the main process writes, from a copy, while all go on.
 
     Args:
         state: of the run.
@@ -41,10 +43,22 @@ class Saves:
         config: as it was given.
         images: what the data set was when it was read, see `fingerprint`.
         folder: weights/ in the run's folder, the main process's.
+        aside: writes.
     """
 
-    def __init__(self, state: TrainState, meter: Meter, config: TrainConfig, images: dict[str, Any], folder: Path):
-        self.state, self.meter, self.config, self.images, self.folder = state, meter, config, images, folder
+    def __init__(
+        self,
+        state: TrainState,
+        meter: Meter,
+        config: TrainConfig,
+        images: dict[str, Any],
+        folder: Path,
+        aside: Aside,
+    ):
+        self.state, self.meter, self.config, self.images = state, meter, config, images
+        self.folder, self.aside = folder, aside
+        self.writing: Future | None = None  # what is being written; None on the other ranks
+        self.under_way = self.of_best = False  # something is; it has the best epoch so far
         interval = config.save_interval
         self.every = int(interval) if str(interval).isdecimal() else 0  # steps
         self.seconds = 0.0 if self.every else seconds_of(str(interval))
@@ -61,31 +75,56 @@ class Saves:
         return over and progress.step < progress.steps
 
     def save(self, validated: TrainConfig | None = None, result: Evaluation | None = None) -> str:
-        """Write the state, and after an epoch its checkpoints (collective).
+        """Copy the state, and after an epoch its checkpoint, and begin to write them (collective).
 
         Args:
-            validated: after an epoch, the configuration with what validation depends on, which is kept in them.
+            validated: after an epoch, the configuration with what validation depends on, which is kept in it.
             result: then, of its validation, if there was one.
 
         Returns:
-            why it could not be written; empty where it could.
+            what `settle` says of the save before.
 
         Raises:
             FloatingPointError: a loss since the last line, or a weight, is not a finite number.
         """
         self.spent = 0.0
-        content = self.state.content(self.config, self.meter, self.images)
-        failed = on_main(self.state.accelerator, partial(self._write, content, validated, result))
-        if failed and validated is not None and self.state.best_epoch == self.state.epoch:
+        failed, state = self.settle(), self.state
+        content = state.content(self.config, self.meter, self.images)
+        self.under_way, self.of_best = True, validated is not None and state.best_epoch == state.epoch
+
+        def begin() -> None:
+            check_finite(state.ema.ema)
+            checkpoint = self._checkpoint(validated, result) if validated is not None else None
+            self.writing = self.aside.do(partial(self._write, copied(content), checkpoint, self.of_best))
+
+        on_main(state.accelerator, begin)
+        return failed
+
+    def settle(self) -> str:
+        """Wait until what was saved last is written (collective).
+
+        Returns:
+            why it could not be; empty where it could, or where nothing was begun.
+        """
+        if not self.under_way:
+            return ""
+        self.under_way = False
+        failed = on_main(self.state.accelerator, lambda: self.writing.result() if self.writing is not None else "")
+        if failed and self.of_best:
             self.state.forget()
         return failed
 
-    def _write(self, content: dict[str, Any], validated: TrainConfig | None, result: Evaluation | None) -> str:
+    def _checkpoint(self, validated: TrainConfig, result: Evaluation | None) -> dict[str, Any]:
+        metrics = {f"{validated.val_name}/{name}": value for name, value in result.metrics.items()} if result else {}
+        checkpoint = as_checkpoint(self.state.ema.ema, asdict(validated), self.state.epoch, metrics)
+        return checkpoint | {"wandb_id": self.state.wandb_id}
+
+    def _write(self, content: dict[str, Any], checkpoint: dict[str, Any] | None, of_best: bool) -> str:
+        """Beside the training: only `state.best`, and what is in this class, belongs to it."""
         state, folder = self.state, self.folder
-        check_finite(state.ema.ema)
         try:
-            if validated is not None:
-                content["best"] = self._write_last(validated, result)
+            if checkpoint is not None:
+                content["best"] = self._write_last(checkpoint, of_best)
             write_state(folder, content)
             self.bests = [content["best"], *self.bests][:KEPT]
             if state.best != content["best"]:
@@ -99,30 +138,26 @@ class Saves:
             return f"{folder} could not be written to, where {free:.2f} GB are free ({reason})"
         return ""
 
-    def _write_last(self, validated: TrainConfig, result: Evaluation | None) -> str:
+    def _write_last(self, checkpoint: dict[str, Any], of_best: bool) -> str:
         """last.pt, and, where --save-period wants it, epoch<N>.pt; the hash of what is best.pt from now on."""
-        state, folder = self.state, self.folder
-        metrics = {f"{validated.val_name}/{name}": value for name, value in result.metrics.items()} if result else {}
-        checkpoint = as_checkpoint(state.ema.ema, asdict(validated), state.epoch, metrics)
-        checkpoint["wandb_id"] = state.wandb_id
+        state, folder, epoch = self.state, self.folder, checkpoint["epoch"] + 1
         if state.best:
             settle(folder, state.best)  # a full disk may have kept the last save from it
         best = state.best
         with whole_file(folder / "last.pt") as draft:
             torch.save(checkpoint, draft)
-            if state.best_epoch == state.epoch:
+            if of_best:
                 best = hash_of(draft)
                 if state.best:
                     _link(folder / "best.pt", folder / "best_before.pt")
                 _link(draft, folder / "best_next.pt")
-        if self.config.save_period > 0 and (state.epoch + 1) % self.config.save_period == 0:
-            _link(folder / "last.pt", folder / f"epoch{state.epoch + 1}.pt")
+        if self.config.save_period > 0 and epoch % self.config.save_period == 0:
+            _link(folder / "last.pt", folder / f"epoch{epoch}.pt")
         return best
 
 
 def write_state(folder: Path, content: dict[str, Any]) -> None:
-    """Write a state with a checksum, then remove all but the newest two."""
-    content = _on_cpu(content)
+    """Write a state, whose tensors are in the host's memory, with a checksum, then remove all but the newest two."""
     with whole_file(folder / f"state_{content['updates']}.pt") as draft:
         torch.save(content | {"checksum": checksum(content)}, draft)
     for path in states(folder)[KEPT:]:
@@ -153,14 +188,14 @@ def clear_drafts(folder: Path) -> None:
             draft.unlink(missing_ok=True)
 
 
-def _on_cpu(content: Any) -> Any:
-    """Tensors copied from the device, and plain values."""
+def copied(content: Any) -> Any:
+    """Copies of tensors, in the host's memory, and of dicts, lists and tuples."""
     if torch.is_tensor(content):
-        return content.detach().cpu()
+        return content.detach().to("cpu", copy=True)
     if isinstance(content, dict):
-        return {key: _on_cpu(value) for key, value in content.items()}
+        return {key: copied(value) for key, value in content.items()}
     if isinstance(content, list | tuple):
-        return type(content)(map(_on_cpu, content))
+        return type(content)(map(copied, content))
     return content
 
 

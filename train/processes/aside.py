@@ -1,0 +1,84 @@
+"""What nobody needs to wait for: pictures, what W&B shows, files of a state. One thread of the main process does it.
+
+It is given snapshots, which nothing changes any more and which lie in the host's memory: the thread touches no device
+and takes part in no collective. matplotlib and the trackers are used by one thread at a time.
+"""
+
+import contextlib
+import queue
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
+
+_started: list["Aside"] = []  # a process has one
+
+
+class Aside:
+    """Does what it is given, one after the other, beside the main thread.
+
+    Args:
+        at_once: do it in the main thread instead, where training draws from Python's and NumPy's global generators,
+            which no other thread may draw from between.
+    """
+
+    def __init__(self, at_once: bool):
+        self.at_once = at_once
+        self.jobs: queue.Queue[tuple[Callable[[], Any], Future]] = queue.Queue()
+        self.failure: BaseException | None = None
+
+    def do(self, job: Callable[[], Any]) -> Future:
+        """Have this done; what it refers to stays in memory until then, so `wait` before the next large one.
+
+        Returns:
+            what has its result.
+
+        Raises:
+            Exception: that an earlier job has raised.
+        """
+        self.check()
+        done: Future = Future()
+        if self.at_once:
+            done.set_result(job())
+            return done
+        if self not in _started:
+            _started.append(self)
+            # A daemon, since an error must not wait for it; `finish` does where the run was told to end.
+            threading.Thread(target=self._run, name="aside", daemon=True).start()
+        self.jobs.put((job, done))
+        return done
+
+    def check(self) -> None:
+        """Raise what a job has raised."""
+        if self.failure is not None:
+            raise self.failure
+
+    def wait(self) -> None:
+        """Wait until all is done.
+
+        Raises:
+            Exception: that a job has raised.
+        """
+        self.jobs.join()
+        self.check()
+
+    def _run(self) -> None:
+        while True:
+            job, done = self.jobs.get()
+            try:
+                if self.failure is not None:
+                    raise self.failure
+                done.set_result(job())
+            except BaseException as error:
+                self.failure = error
+                done.set_exception(error)
+            finally:
+                del job, done  # and what they refer to
+                self.jobs.task_done()
+
+
+def finish() -> None:
+    """The run has been told to end: what it has been given to save is saved first."""
+    for aside in _started:
+        with contextlib.suppress(Exception):  # it was told to end, and by then only files can fail, which says so
+            aside.wait()
