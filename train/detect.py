@@ -15,7 +15,6 @@ from train.processes import early  # noqa: F401  # first, see there
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -125,8 +124,8 @@ def main(config: TrainConfig) -> None:
     ema = ModelEMA(model)
     if config.sync_bn and ranks > 1 and accelerator.device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    sum_over_ranks = None if config.local_loss_norm else partial(accelerator.reduce, reduction="sum")
-    model.criterion = build_criterion(model, sum_over_ranks, ranks)
+    meter = Meter(accelerator, model, config.profile)
+    model.criterion = build_criterion(model, None if config.local_loss_norm else meter.sum_over_ranks, ranks)
 
     # What Accelerate prepares (loaders within train_loader and val_loader; rates are the schedule's, set in each step),
     # and the state that a killed run goes on from.
@@ -143,7 +142,6 @@ def main(config: TrainConfig) -> None:
     train_batches, positions = train_loader(train_set, schedule.batches, accelerator)
     val_batches = val_loader(val_set, config, accelerator)
     state = TrainState(detector, model, ema, optimizer, accelerator, picked=schedule.optimizer)
-    meter = Meter(accelerator, detector)
     if saved:
         state.load(saved, meter)
         origin = f"{config.model}, resumed after {state.where}"
@@ -197,8 +195,10 @@ def main(config: TrainConfig) -> None:
         sync_from_main(ema.ema)  # BatchNorm's running statistics are each rank's own
         result: Evaluation | None = None
         if ends or (epoch + 1) % config.val_interval == 0:
-            evaluated = inference_copy(ema.ema, accelerator.device, config.memory_format, losses=True)
-            result = evaluate(evaluated, report.watched(val_batches, "validating"), truth, validated, accelerator, stop)
+            with meter.profile.within("validation"):
+                evaluated = inference_copy(ema.ema, accelerator.device, config.memory_format, losses=True)
+                batches = report.watched(val_batches, "validating")
+                result = evaluate(evaluated, batches, truth, validated, accelerator, stop)
             state.note(result)  # is it the best so far?
             del evaluated  # a copy in the device's memory
         # Your own code for an epoch goes here. `result` has the metrics of all ranks, and, on the main process alone,
@@ -212,6 +212,7 @@ def main(config: TrainConfig) -> None:
         report.saved(saves.save(validated, result))
         if result is not None and state.best_epoch == epoch:
             best = epoch, result
+        report.profile(meter.profile, result, ends)
         stop.agree()
     report.saved(saves.settle(), last=True)
     if epoch < schedule.config.epochs:

@@ -274,6 +274,8 @@ class Output:
     """Keep the checkpoint of every so many epochs as weights/epoch<N>.pt; below 1 only best.pt and last.pt are."""
     strict: bool = False
     """End where an image or a label file is faulty, instead of leaving it out."""
+    profile: int = 0
+    """Trace so many steps on each rank, and say where their time and that of the epoch's end went; 0 does not."""
     trackers: tuple[str, ...] = ("wandb",)
     """Experiment trackers of Accelerate (wandb, tensorboard, …); `--trackers none` for none."""
 
@@ -317,7 +319,7 @@ class TrainConfig(Training, Recipe, Augmentation, Output, Resuming, Wandb, EvalC
         """Every value that cannot work, one sentence each, with the flag to change."""
         faults = super().faults() + outside(self, 1, math.inf, "epochs", "nbs", "patience")
         faults += outside(self, 1, 100_000, "batch") + outside(self, 0, 2**32 - 1, "seed")  # what NumPy takes
-        faults += outside(self, 1, math.inf, "val_interval")
+        faults += outside(self, 1, math.inf, "val_interval") + outside(self, 0, 1000, "profile")
         faults += outside(self, 0, math.inf, "lr0", "lrf", "weight_decay", "warmup_epochs", "warmup_bias_lr")
         faults += outside(self, 0, math.inf, "close_mosaic", "box", "cls", "dfl", "degrees", "shear")
         faults += outside(self, 0, 0.9999, "momentum", "warmup_momentum", "multi_scale")

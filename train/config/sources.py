@@ -33,9 +33,10 @@ OF_A_MACHINE = frozenset({
 # What may change when a run is gone on with: its length, and what moves no number or only what validation costs. The
 # data set may have moved; what is in it is compared with what the run has been trained on.
 MAY_CHANGE = frozenset({
-    "epochs", "workers", "save_interval", "save_period", "time_limit", "plots", "trackers", "mixed_precision",
-    "val_precision", "channels_last", "val_interval", "val_batch", "coco_eval", "project", "name", "resume", "data",
-    "annotations", "index_dir", "index_check", "cache", "cache_limit", "trust_checkpoint", "log_file", "wandb_entity",
+    "epochs", "workers", "save_interval", "save_period", "time_limit", "plots", "profile", "trackers",
+    "mixed_precision", "val_precision", "channels_last", "val_interval", "val_batch", "coco_eval", "project", "name",
+    "resume", "data", "annotations", "index_dir", "index_check", "cache", "cache_limit", "trust_checkpoint", "log_file",
+    "wandb_entity",
     *(field.name for field in fields(Wandb)),
     *(field.name for field in fields(Logging)),
 })  # fmt: skip

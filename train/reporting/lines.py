@@ -10,6 +10,7 @@ from train.evaluation.evaluate import Evaluation
 from train.processes.devices import processes
 from train.training.meter import Window
 from train.training.optim import Schedule
+from train.training.profile import WARM, Laps
 
 SLOWER = 1.2  # times the median of the ranks
 NOTHING = "\u2013"  # in a table, where the metric is -1
@@ -133,6 +134,24 @@ def clock(seconds: float) -> str:
 
 def _numbers(values: dict[str, float]) -> str:
     return "  ".join(f"{name.removesuffix('_loss')} {value:.4g}" for name, value in values.items())
+
+
+# --profile ------------------------------------------------------------------------------------------------------------
+def profile_lines(steps: Laps, ends: Laps) -> list[str]:
+    """Where the time of a step and of an epoch's end went, by what was looked at of them."""
+    if not steps.count:
+        return [f"profile    nothing to tell: the run ended within its first {WARM + 1} steps"]
+    found = []
+    for what, laps in (("step", steps), ("end of an epoch", ends)):
+        if laps.count:
+            rows = {part: seconds / laps.count for part, seconds in laps.seconds.items() if seconds}
+            if "validation" in rows:
+                rows["validation: other"] = rows.pop("validation")
+            wall = laps.wall / laps.count
+            found.append(f"profile    {what}, mean of {laps.count}: {1000 * wall:.1f} ms")
+            for part, seconds in (rows | {"all parts": sum(rows.values())}).items():
+                found.append(f"profile      {part:24}{1000 * seconds:10.1f} ms{seconds / wall:8.1%}")
+    return found
 
 
 # The table ------------------------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from train.reporting.results import epoch_row
 from train.reporting.tracking import Tracking
 from train.training.engine import Progress
 from train.training.optim import Schedule, epochs_within
+from train.training.profile import Profile
 from train.training.saves import copied
 from train.training.state import TrainState
 
@@ -223,6 +224,20 @@ class TrainingReport(Report):
             self._draw(partial(self._draw_epoch, [*state.rows], result, truth))
             self.drawn = time.perf_counter()
         self.tracking.epoch(state, state.whole.speed(), result, truth, last)
+
+    def profile(self, profile: Profile, result: Evaluation | None, ends: bool) -> None:
+        """Where the time went, once all steps have been looked at (collective).
+
+        Args:
+            profile: of the run.
+            result: of the epoch's validation, if there was one.
+            ends: whether no step may be to come.
+        """
+        stages = {name: mean for name, (_, mean) in result.seconds.items()} if result else {}
+        if found := profile.result(stages, self.folder / "profile", ends):
+            for line in lines.profile_lines(*found):
+                self.say(line)
+            self.say(f"profile    traces of the steps, by rank: {self.folder / 'profile'} (https://ui.perfetto.dev)")
 
     def _draw_epoch(self, rows: list[dict[str, Any]], result: Evaluation | None, truth: Truth) -> None:
         plots().draw_results(rows, self.config.val_name, self.folder / "results.png")

@@ -69,30 +69,40 @@ def train_one_epoch(
     step_ends = schedule.step_ends(epoch)
     interval = config.log_interval or min(50, math.ceil(len(step_ends) / 8))
     step = sum(end < state.batches for end in step_ends)
+    profile, at = meter.profile, meter.profile.at
+    profile.epoch_begins()
     with stop.steps():
         for i, batch in enumerate(batches, state.batches):
             ni = epoch * schedule.batches + i
             watch.at(ni, 1, f"forward of batch {i + 1}")
+            at("copy")
             batch["img"] = rescale(as_images(batch["img"], config.memory_format), ni, config, stride)
             steps_now = i in step_ends
+            at("forward")
             with nullcontext() if steps_now else accelerator.no_sync(model):
                 # Not model(batch): it would call forward inside forward, and Accelerate's autocast does not nest; it
                 # would stay on after the step. So the loss is computed in fp32, from predictions Accelerate made fp32.
                 predictions = model(batch["img"])
                 watch.at(ni, 2, f"loss and backward of batch {i + 1}")
+                at("loss")
                 losses, items = state.detector.loss(batch, predictions)
                 if steps_now:
                     stop.announce(state.ema.updates + 1)
+                at("backward")
                 # Ultralytics' loss is a sum over the images; DDP takes the mean of the ranks' gradients.
                 accelerator.backward(losses.sum() * accelerator.num_processes)
+            at("measuring")
             del predictions, losses  # else they would live through the next forward
             meter.add(items, batch["im_file"])
             if steps_now:
+                at("optimizer")
                 schedule.apply(optimizer, epoch, ni)
                 meter.step(accelerator.clip_grad_norm_(model.parameters(), max_norm=10.0))
                 optimizer.step()
                 optimizer.zero_grad()
+                at("EMA")
                 state.ema.update(model)
+                at("measuring")
                 state.batches, step = i + 1, step + 1
                 due = step % interval == 0 or step == len(step_ends)
                 window = meter.gather() if due else None  # collective
@@ -100,8 +110,12 @@ def train_one_epoch(
                     state.measured(window)
                 updates = state.ema.updates
                 lr, end = optimizer.param_groups[0]["lr"], stop.after(updates)
+                at("report")
                 yield Progress(step, len(step_ends), updates, lr, window, end)
+                profile.stepped()
+            at("data wait")
             watch.at(ni, 3, f"waiting for batch {i + 2}")
+    profile.epoch_ends()
 
 
 def rescale(images: Tensor, ni: int, config: TrainConfig, stride: int) -> Tensor:

@@ -14,6 +14,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from train.processes.devices import memory_in_use
+from train.training.profile import Profile
 
 
 @dataclass
@@ -113,10 +114,12 @@ class Meter:
     Args:
         accelerator: of the run.
         model: the one that is trained, without Accelerate's wrapping.
+        profiled: steps to look at more closely, see `Profile`.
     """
 
-    def __init__(self, accelerator: Accelerator, model: nn.Module):
+    def __init__(self, accelerator: Accelerator, model: nn.Module, profiled: int = 0):
         self.accelerator = accelerator
+        self.profile = Profile(accelerator, model, profiled)
         self.forward = ForwardClock(model, accelerator.device)
         self.batches: list[tuple[Tensor, int, list[str]]] = []  # this rank's (loss items, images, their files)
         self.norms: list[Tensor] = []
@@ -136,6 +139,12 @@ class Meter:
                 if batch is None:
                     return
                 yield batch
+
+    def sum_over_ranks(self, value: Tensor) -> Tensor:
+        """What the loss is divided by, of all ranks (collective)."""
+        with self.profile.within("all-reduce"):
+            summed: Tensor = self.accelerator.reduce(value, reduction="sum")
+            return summed
 
     def add(self, items: dict[str, Tensor], files: list[str]) -> None:
         """Note the mean losses of one batch of this rank; no host sync."""

@@ -88,16 +88,17 @@ class Saves:
             FloatingPointError: a loss since the last line, or a weight, is not a finite number.
         """
         self.spent = 0.0
-        failed, state = self.settle(), self.state
-        content = state.content(self.config, self.meter, self.images)
-        self.under_way, self.of_best = True, validated is not None and state.best_epoch == state.epoch
+        with self.meter.profile.within("checkpoint"):
+            failed, state = self.settle(), self.state
+            content = state.content(self.config, self.meter, self.images)
+            self.under_way, self.of_best = True, validated is not None and state.best_epoch == state.epoch
 
-        def begin() -> None:
-            check_finite(state.ema.ema)
-            checkpoint = self._checkpoint(validated, result) if validated is not None else None
-            self.writing = self.aside.do(partial(self._write, copied(content), checkpoint, self.of_best))
+            def begin() -> None:
+                check_finite(state.ema.ema)
+                checkpoint = self._checkpoint(validated, result) if validated is not None else None
+                self.writing = self.aside.do(partial(self._write, copied(content), checkpoint, self.of_best))
 
-        on_main(state.accelerator, begin)
+            on_main(state.accelerator, begin)
         return failed
 
     def settle(self) -> str:
