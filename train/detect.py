@@ -37,6 +37,7 @@ from train.model.build import (
     ModelEMA,
     build_model,
     check_imgsz,
+    compile_forward,
     largest_stride,
     rebuild_model,
     set_class_weights,
@@ -135,6 +136,8 @@ def main(config: TrainConfig) -> None:
     report.watch.begin("caching images")
     cache_images({"train": train_set, "val": val_set}, config, accelerator, report.say, report.caching)
     report.watch.end()
+    if config.compile:
+        compile_forward(detector, accelerator.device)
     schedule = Schedule(config, len(train_set), len(data.names), saved["picked"] if saved else "")
     model, optimizer = accelerator.prepare(model, build_optimizer(model, schedule))
     model = without_buffer_broadcast(model)

@@ -12,6 +12,7 @@ from train.model import weights as weights_file
 from train.model.build import (
     build_model,
     check_imgsz,
+    compile_forward,
     frozen_norms,
     largest_stride,
     set_class_weights,
@@ -174,6 +175,15 @@ def test_image_size_and_stride():
         check_imgsz(100, 32)
     with pytest.raises(InputError, match="The nearest is 64"):
         check_imgsz(50, 64)
+
+
+def test_what_cannot_be_compiled_says_why(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv("CXX", "g++")
+    with pytest.raises(InputError, match=r"--compile needs a C\+\+ compiler, .*: apt install g\+\+"):
+        compile_forward(build("yolov8n.yaml"), CPU)
+    for size in ({"rect": True}, {"multi_scale": 0.5}):  # torch compiles a convolution's backward for each size
+        assert "--compile goes with batches of one size" in TrainConfig(compile=True, **size).faults()[0]
 
 
 def test_loss_of_one_process_is_ultralytics_own():

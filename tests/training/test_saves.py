@@ -194,6 +194,20 @@ def test_killed_within_an_epoch_it_ends_with_the_bits_it_would_have_had(
 
 
 @pytest.mark.slow
+def test_a_compiled_model_resumes_to_the_same_bits_and_leaves_no_trace_in_its_files(tmp_path: Path):
+    options = ["--workers", "1", "--epochs", "3", "--trackers", "none", "--compile"]
+    for name, kills in (("whole", []), ("killed", [Kill("kill:step::7")])):
+        (tmp_path / name).mkdir()
+        train_over(tmp_path / name, ((2, None),), [kills], str(TINY), options)
+    whole, killed = (contents(tmp_path / name / "runs" / "detect" / "exp") for name in ("whole", "killed"))
+    assert differing(whole, killed) == []
+    run = tmp_path / "whole" / "runs" / "detect" / "exp"
+    plain = torch.load(run / "weights" / "best.pt", weights_only=False)["model"]
+    assert "forward" not in vars(plain)
+    assert not any("_orig_mod" in name for name in (*plain.state_dict(), *state_of(run)["model"]))
+
+
+@pytest.mark.slow
 def test_a_short_soak(tmp_path: Path):
     """A few kills at times and at each place, over one process and two; `make soak` is the long one.
 

@@ -178,6 +178,8 @@ class Training:
     """Layers that are not trained: the first N, or several by index or name (`--freeze 0 1 22.cv2`)."""
     local_loss_norm: bool = False
     """Divide each rank's loss by that rank's own target-score sum, as Ultralytics does, not by the global sum."""
+    compile: bool = False
+    """Compile the model's forward and backward (torch.compile): a minute or more, before they are faster, or not."""
     sync_bn: bool = False
     """Share BatchNorm statistics between processes (CUDA only)."""
     seed: int = 0
@@ -338,6 +340,10 @@ class TrainConfig(Training, Recipe, Augmentation, Output, Resuming, Wandb, EvalC
                 faults.append(f"--{name.replace('_', '-')} is {value!r}; a time is written 11h30m, 90m or 45s.")
         if self.rect and self.multi_scale:
             faults.append("--rect and --multi-scale contradict each other: both set the shape of a batch.")
+        if self.compile and (self.rect or self.multi_scale):
+            faults.append(
+                "--compile goes with batches of one size: it would compile anew, for a minute, at each other."
+            )
         if not self.name.strip():
             faults.append("--name is empty; it must name the run's folder.")
         if "none" in self.trackers and len(self.trackers) > 1:

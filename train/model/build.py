@@ -1,5 +1,8 @@
 """The model to train: built for the classes of a data set, with what is frozen, and what its image sizes must fit."""
 
+import importlib.util
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +14,12 @@ from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils.torch_utils import ModelEMA as ModelEMA  # for the scripts
 from ultralytics.utils.torch_utils import get_flops, get_num_params
 
+import train
 from train.config.errors import InputError
 from train.config.options import TrainConfig
 from train.model.architecture import build_detector, read_architecture
 from train.model.weights import load_detector
+from train.processes.files import cache_folder
 
 
 def build_model(config: TrainConfig, source: str, names: dict[int, str], channels: int) -> tuple[DetectionModel, str]:
@@ -124,6 +129,24 @@ def _frozen_layers(model: DetectionModel, freeze: int | tuple[int | str, ...] | 
     if prefixes and all(name.startswith(prefixes) for name, _ in model.named_parameters() if ".dfl" not in name):
         raise InputError("--freeze leaves no layer to train.")
     return prefixes
+
+
+def compile_forward(model: DetectionModel, device: torch.device) -> None:
+    """Have the model's forward compiled for the first batch it gets; what is compiled is kept for the next run.
+
+    The module stays what it is, so that its weights go by the same names, and copies and hooks know nothing of it.
+
+    Raises:
+        InputError: nothing to compile with.
+    """
+    kept = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "")
+    if not kept or kept.startswith(train.scratch.name):  # nobody's choice but torch's, and gone with this process
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache_folder() / "compiled")
+    if device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
+        raise InputError("--compile needs a C++ compiler, and there is no g++ here: apt install g++, or leave it out.")
+    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        raise InputError("--compile needs Triton for the GPU: pip install triton, or leave it out.")
+    model.forward = torch.compile(model.forward, dynamic=False)
 
 
 def frozen_norms(model: nn.Module) -> list[nn.Module]:

@@ -108,7 +108,8 @@ def settle_buckets(model: torch.nn.Module, channels: int, size: int, device: tor
     if not isinstance(model, DistributedDataParallel) or torch.distributed.get_world_size() < 3:
         return
     buffers = {name: value.clone() for name, value in model.module.named_buffers()}
-    outputs = _tensors(model(torch.zeros(1, channels, size, size, device=device)))
+    with torch.compiler.set_stance("force_eager"):  # a compiled model takes the size of the first batch for every one's
+        outputs = _tensors(model(torch.zeros(1, channels, size, size, device=device)))
     torch.stack([output.float().sum() for output in outputs]).sum().backward()
     model.zero_grad()
     with torch.no_grad():

@@ -65,7 +65,7 @@ def check_launcher() -> None:
     if compiler.upper() != "NO":
         raise InputError(
             f"The launcher asks for torch.compile (dynamo_backend: {compiler}), which would compile for minutes at "
-            f"each size of a batch. {mend}"
+            f"each size of a batch. Say --compile to train/detect.py instead. {mend}"
         )
     for name in ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG"):
         if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() in YES:

@@ -49,6 +49,7 @@ class TrainingReport(Report):
         self.aside = Aside(at_once=config.workers == 0)
         self.tracking = Tracking(accelerator, self.say, self.aside, "wandb" in config.trackers)
         self.drawn = -DRAWN
+        self.compiles = config.compile  # at the first batch
         self.usage = Usage.now()
 
     def banner(self, precision: str, origin: str, data: str, schedule: Schedule, train: TrainSet, val: Labels) -> None:
@@ -116,7 +117,8 @@ class TrainingReport(Report):
         self.epoch_number, self.where = epoch + 1, f"epoch {epoch + 1}/{schedule.config.epochs}"
         if self.accelerator.is_main_process:
             status.update(self.folder, epoch=epoch + 1)
-        self.watch.begin("waiting for the first batch", progress=True)
+        self.watch.begin("compiling the model" if self.compiles else "waiting for the first batch", progress=True)
+        self.compiles = False
         self.console.open_bar(sum(end >= state.batches for end in schedule.step_ends(epoch)), self.where, "step")
 
     def training_batch(self, i: int, batch: dict[str, Any]) -> None:
