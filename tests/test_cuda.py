@@ -51,7 +51,7 @@ from train.processes.watch import Watch
 from train.training.engine import Progress, train_one_epoch
 from train.training.meter import Meter
 from train.training.optim import Schedule, build_optimizer
-from train.training.saves import states, write_state
+from train.training.saves import copied, states, write_state
 from train.training.state import TrainState
 
 CUDA = pytest.param(
@@ -171,7 +171,7 @@ class Parts:
 
     def saved(self, folder: Path) -> dict[str, Any]:
         """The state through a file."""
-        write_state(folder, self.state.content(self.config, self.meter, {}))
+        write_state(folder, copied(self.state.content(self.config, self.meter, {})))
         return torch.load(states(folder)[0], map_location="cpu", weights_only=True)
 
 

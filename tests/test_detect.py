@@ -42,6 +42,21 @@ def test_losses_of_one_process_and_two_agree(runs, trained: Path):
     assert one["global_step"] == two["global_step"] == "2"  # of four batches: --nbs 64
 
 
+def test_gradients_in_bf16_are_nearly_those_in_fp32(runs, tmp_path: Path, shapes: Path):
+    """The ranks' weights are the same, else their validation would say that they are not."""
+    options = "--imgsz 64 --epochs 2 --batch 8 --nbs 8 --warmup-epochs 0 --workers 1 --trackers none --no-plots"
+    given = ["--data", shapes, "--model", TINY, *options.split(), "--compress-gradients"]
+    succeed(2, DETECT, *given, cwd=tmp_path)
+    run, plain = tmp_path / "runs" / "detect" / "exp", runs[2][0]
+    ours, theirs = (
+        torch.cat([value.flatten() for name, value in state_of(folder)["model"].items() if name.endswith("weight")])
+        for folder in (run, plain)
+    )
+    assert 0 < (ours - theirs).norm() / theirs.norm() < 0.003
+    for row, other in zip(rows(run), rows(plain), strict=True):
+        assert float(row["train/box_loss"]) == pytest.approx(float(other["train/box_loss"]), rel=1e-3)
+
+
 def test_the_pictures_of_a_training(runs):
     for folder, _ in runs.values():
         for name in ("labels.png", "results.png", "train_batch0.jpg", "train_batch2.jpg", "val_batch.jpg", "val.jpg"):

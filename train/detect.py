@@ -75,7 +75,9 @@ def main(config: TrainConfig) -> None:
         limit(seconds_of(config.time_limit))
     ahead = check_ahead(config, "train", config.split)  # beside all that comes before the labels
     config = meet(config)
-    accelerator, why_precision = start_processes(config.mixed_precision, config.used_trackers, config.seed)
+    accelerator, why_precision = start_processes(
+        config.mixed_precision, config.used_trackers, config.seed, config.compress_gradients
+    )
     if config.resume == AUTO:
         found = on_main(accelerator, lambda: find_run(config))
         config = replace(config, resume=found, name=Path(found).name if found else config.name)

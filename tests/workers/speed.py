@@ -14,6 +14,8 @@ import cv2
 import numpy as np
 import torch
 import yaml
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+from torch.nn.parallel import DistributedDataParallel
 
 from tests.conftest import DETECT
 from tests.labels import to_validate_on
@@ -122,10 +124,17 @@ def switches(data: Path, given: argparse.Namespace, number: int) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     options = {"model": given.model, "imgsz": given.imgsz, "batch": given.batch, "optimizer": "AdamW"}
     with parts(device, data, "bf16", **options) as run:
+        cudnn = torch.backends.cudnn
+        for name in ("benchmark", "allow_tf32"):
+            before = getattr(cudnn, name)
+            for on in (False, True, False):
+                setattr(cudnn, name, on)
+                say(f"steps, cudnn.{name} {on}", number * given.batch, steps(run, number))
+            setattr(cudnn, name, before)
         for on in (False, True, False):
-            torch.backends.cudnn.benchmark = on
-            say(f"steps, cudnn.benchmark {on}", number * given.batch, steps(run, number))
-        torch.backends.cudnn.benchmark = False
+            for group in run.state.optimizer.param_groups:
+                group["fused"] = on
+            say(f"steps, fused optimizer {on}", number * given.batch, steps(run, number))
         files = find_data(str(data))
         labels = to_validate_on(files, run.config, run.accelerator)
         truth = read_truth(labels, files.names, run.config, run.accelerator)
@@ -147,7 +156,7 @@ def switches(data: Path, given: argparse.Namespace, number: int) -> None:
 
 
 def buffers(data: Path, given: argparse.Namespace, number: int) -> None:
-    """Of several ranks: what DDP's broadcast of buffers before each forward costs."""
+    """Of several ranks: what DDP's broadcast of buffers before each forward costs, and what its other options give."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     options = {"model": given.model, "imgsz": given.imgsz, "batch": 2 * given.batch, "optimizer": "AdamW"}
     with parts(device, data, "bf16", **options) as run:
@@ -156,6 +165,16 @@ def buffers(data: Path, given: argparse.Namespace, number: int) -> None:
             seconds = steps(run, number)
             if run.accelerator.is_main_process:
                 say(f"steps on 2 ranks, broadcast of buffers {on}", 2 * number * given.batch, seconds)
+        for name in ("as it is", "static_graph", "gradients in bf16", "as it is"):
+            run.state.model = DistributedDataParallel(
+                run.state.detector, gradient_as_bucket_view=True, static_graph=name == "static_graph"
+            )
+            run.state.model.broadcast_buffers = False
+            if name == "gradients in bf16":
+                run.state.model.register_comm_hook(None, bf16_compress_hook)
+            seconds = steps(run, number)
+            if run.accelerator.is_main_process:
+                say(f"steps on 2 ranks, DDP {name}", 2 * number * given.batch, seconds)
 
 
 def main() -> None:

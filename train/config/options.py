@@ -178,6 +178,8 @@ class Training:
     """Layers that are not trained: the first N, or several by index or name (`--freeze 0 1 22.cv2`)."""
     local_loss_norm: bool = False
     """Divide each rank's loss by that rank's own target-score sum, as Ultralytics does, not by the global sum."""
+    compress_gradients: bool = False
+    """Sum gradients over the processes in bf16: half of what goes over the network, of eight bits of mantissa."""
     compile: bool = False
     """Compile the model's forward and backward (torch.compile): a minute or more, before they are faster, or not."""
     sync_bn: bool = False

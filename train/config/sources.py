@@ -36,7 +36,7 @@ MAY_CHANGE = frozenset({
     "epochs", "workers", "save_interval", "save_period", "time_limit", "plots", "profile", "trackers",
     "mixed_precision", "val_precision", "channels_last", "val_interval", "val_batch", "coco_eval", "project", "name",
     "resume", "data", "annotations", "index_dir", "index_check", "cache", "cache_limit", "trust_checkpoint", "log_file",
-    "wandb_entity", "compile",
+    "wandb_entity", "compile", "compress_gradients",
     *(field.name for field in fields(Wandb)),
     *(field.name for field in fields(Logging)),
 })  # fmt: skip

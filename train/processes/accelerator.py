@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import (
     DataLoaderConfiguration,
+    DDPCommunicationHookType,
     DistributedDataParallelKwargs,
     ProjectConfiguration,
     gather_object,
@@ -22,8 +23,16 @@ from train.processes.devices import device_type, lacks, launched, pick_precision
 from train.processes.meeting import start_group
 
 
-def start_processes(wanted_precision: Precision | None, trackers: list[str], seed: int = 0) -> tuple[Accelerator, str]:
+def start_processes(
+    wanted_precision: Precision | None, trackers: list[str], seed: int = 0, compressed: bool = False
+) -> tuple[Accelerator, str]:
     """Set Accelerate up for this rank's part of a run whose ranks have met, see `meet` (collective).
+
+    Args:
+        wanted_precision: as the user has said it.
+        trackers: to be started later.
+        seed: of Python's, NumPy's and torch's generators.
+        compressed: whether gradients are summed over the ranks in bf16.
 
     Returns the accelerator and, for the banner, why it computes in the precision it does.
 
@@ -48,7 +57,11 @@ def start_processes(wanted_precision: Precision | None, trackers: list[str], see
         # Ranks may hold different numbers of validation batches; training batches are dealt out evenly by number.
         dataloader_config=DataLoaderConfiguration(even_batches=False, non_blocking=device == "cuda"),
         kwargs_handlers=[
-            DistributedDataParallelKwargs(find_unused_parameters=False, gradient_as_bucket_view=True),
+            DistributedDataParallelKwargs(
+                find_unused_parameters=False,
+                gradient_as_bucket_view=True,
+                comm_hook=DDPCommunicationHookType.BF16 if compressed else DDPCommunicationHookType.NO,
+            ),
         ],
     )
     world = launched("WORLD_SIZE", 1)

@@ -73,6 +73,8 @@ class TrainingReport(Report):
             self.say("augment    Albumentations is installed, so Ultralytics adds its blur, grey and CLAHE")
         if config.sync_bn and (ranks == 1 or self.accelerator.device.type != "cuda"):
             self.say("warning: --sync-bn is ignored; it needs several CUDA processes")
+        if config.compress_gradients and ranks == 1:
+            self.say("warning: --compress-gradients is ignored; there is one process")
         self.say(f"run        {self.folder}")
         self.names = train.data["names"]
         if shared := on_main(self.accelerator, self._shared_cores):  # collective

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,7 +71,7 @@ def train_one_epoch(
     step = sum(end < state.batches for end in step_ends)
     profile, at = meter.profile, meter.profile.at
     profile.epoch_begins()
-    with stop.steps():
+    with stop.steps(), kernels_by_trial(not (config.rect or config.multi_scale)):
         for i, batch in enumerate(batches, state.batches):
             ni = epoch * schedule.batches + i
             watch.at(ni, 1, f"forward of batch {i + 1}")
@@ -116,6 +116,17 @@ def train_one_epoch(
             at("data wait")
             watch.at(ni, 3, f"waiting for batch {i + 2}")
     profile.epoch_ends()
+
+
+@contextmanager
+def kernels_by_trial(of_one_size: bool) -> Iterator[None]:
+    """On CUDA: where all batches are of one size, cuDNN tries its kernels for each layer once and keeps the fastest."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = of_one_size
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def rescale(images: Tensor, ni: int, config: TrainConfig, stride: int) -> Tensor:

@@ -174,10 +174,10 @@ def build_optimizer(model: nn.Module, schedule: Schedule) -> torch.optim.Optimiz
         group["initial_lr"] = group["lr"]
     if muon:
         return MuSGD(groups, lr=lr, momentum=momentum, nesterov=True, muon=0.2, sgd=1.0)
+    # fused, where torch has it: one kernel, and the gradient scaler skips a step without a host sync
+    fused = {"fused": next(model.parameters()).is_cuda} if name in ("SGD", "Adam", "AdamW") else {}
     if name == "SGD":
-        return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=True)
+        return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=True, **fused)
     if name == "RMSprop":
         return torch.optim.RMSprop(groups, lr=lr, momentum=momentum)
-    # fused lets the gradient scaler skip a step without a host sync
-    fused = {"fused": next(model.parameters()).is_cuda} if name in ("Adam", "AdamW") else {}
     return getattr(torch.optim, name)(groups, lr=lr, betas=(momentum, 0.999), weight_decay=0.0, **fused)
