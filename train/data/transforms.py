@@ -5,6 +5,7 @@ the labels, stays Ultralytics'. OpenCV warps four channels in a third of the tim
 bytes in each; it flips and reorders faster than NumPy; and of a mosaic's canvas only what the warp sees is painted.
 """
 
+import math
 import random
 from typing import Any
 
@@ -22,6 +23,8 @@ from ultralytics.data.augment import (
 
 GREY = 114  # of what no image covers
 MARGIN = 2  # px around what the warp sees, for what it interpolates between
+VALUES = np.arange(256, dtype=np.uint8)[None]
+DOWN = -0.5 + 3e-5  # OpenCV rounds to the nearest, a table of Ultralytics' down
 
 
 class Canvas:
@@ -80,7 +83,7 @@ class FastPerspective(RandomPerspective):
             warped = cv2.warpPerspective(canvas, matrix, dsize=size, borderValue=(GREY,) * 4)
         else:
             warped = cv2.warpAffine(canvas, matrix[:2], dsize=size, borderValue=(GREY,) * 4)
-        labels["img"], labels["resized_shape"] = cv2.cvtColor(warped, cv2.COLOR_BGRA2BGR), warped.shape[:2]
+        labels["img"], labels["resized_shape"] = warped[..., :3], warped.shape[:2]  # a view; see `FastHSV`
         return labels
 
     def _canvas(self, shape: tuple[int, ...]) -> np.ndarray:
@@ -93,21 +96,24 @@ class FastPerspective(RandomPerspective):
 
 def _seen(matrix: np.ndarray, size: tuple[int, int], shape: tuple[int, ...]) -> tuple[int, int, int, int]:
     """The window x1, y1, x2, y2 of a source of this shape that an affine warp into (width, height) px reads."""
-    width, height = size
-    corners = np.array([[0, 0, 1], [width, 0, 1], [0, height, 1], [width, height, 1]], np.float64)
-    x, y = (np.linalg.inv(matrix.astype(np.float64)) @ corners.T)[:2]
-    first = np.floor([x.min(), y.min()]).astype(int) - MARGIN
-    end = np.ceil([x.max(), y.max()]).astype(int) + MARGIN + 1
-    limits = shape[1], shape[0]
-    (x1, y1), (x2, y2) = np.clip(first, 0, limits).tolist(), np.clip(end, 0, limits).tolist()
+    (a, b, c), (d, e, f) = matrix[:2].tolist()  # plain numbers: NumPy takes 0.1 ms for so few
+    determinant = a * e - b * d
+    corners = [(u - c, v - f) for u in (0, size[0]) for v in (0, size[1])]
+    xs = [(e * u - b * v) / determinant for u, v in corners]
+    ys = [(a * v - d * u) / determinant for u, v in corners]
+    ranges = []
+    for values, limit in ((xs, shape[1]), (ys, shape[0])):
+        low, high = math.floor(min(values)) - MARGIN, math.ceil(max(values)) + MARGIN + 1
+        ranges.append((min(max(low, 0), limit), min(max(high, 0), limit)))
+    (x1, x2), (y1, y2) = ranges
     return x1, y1, x2, y2
 
 
 class FastHSV(RandomHSV):
-    """Looks each channel up by itself."""
+    """Looks each channel up by itself, in memory that every image uses again."""
 
     def apply_image(self, labels: dict[str, Any], params: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Change the colours of an image (height, width, 3) uint8 BGR in place; others stay as they are."""
+        """Change the colours of an image (height, width, 3) uint8 BGR; others stay as they are."""
         image = labels["img"]
         if image.shape[-1] != 3 or not (self.hgain or self.sgain or self.vgain):
             return labels
@@ -117,10 +123,30 @@ class FastHSV(RandomHSV):
         saturation = np.clip(x * (gains[1] + 1), 0, 255).astype(np.uint8)
         value = np.clip(x * (gains[2] + 1), 0, 255).astype(np.uint8)
         saturation[0] = 0  # white stays white
-        hsv = cv2.cvtColor(image, cv2.COLOR_BGR2HSV)
-        planes = [cv2.LUT(plane, table) for plane, table in zip(cv2.split(hsv), (hue, saturation, value), strict=True)]
-        cv2.cvtColor(cv2.merge(planes, dst=hsv), cv2.COLOR_HSV2BGR, dst=image)
+        hsv, planes = self._memory(image.shape)
+        # Of a warped image the four channels: OpenCV would copy three of them first.
+        whole = image.base if image.strides[1] == 4 else None
+        cv2.cvtColor(image if whole is None else whole, cv2.COLOR_BGR2HSV, dst=hsv)
+        cv2.split(hsv, planes)
+        cv2.LUT(planes[0], hue, dst=planes[0])
+        _scale(planes[1], gains[1] + 1, saturation)
+        _scale(planes[2], gains[2] + 1, value)
+        labels["img"] = cv2.cvtColor(cv2.merge(planes, dst=hsv), cv2.COLOR_HSV2BGR)
         return labels
+
+    def _memory(self, shape: tuple[int, ...]) -> tuple[np.ndarray, list[np.ndarray]]:
+        kept: tuple[np.ndarray, list[np.ndarray]] | None = vars(self).get("kept")
+        if kept is None or kept[0].shape != shape:
+            self.kept = kept = np.empty(shape, np.uint8), [np.empty(shape[:2], np.uint8) for _ in range(3)]
+        return kept
+
+
+def _scale(plane: np.ndarray, gain: float, table: np.ndarray) -> None:
+    """Look a plane (height, width) up in place, by a product where that gives the same for each of the 256 values."""
+    if np.array_equal(cv2.convertScaleAbs(VALUES, alpha=gain, beta=DOWN)[0], table):
+        cv2.convertScaleAbs(plane, dst=plane, alpha=gain, beta=DOWN)
+    else:
+        cv2.LUT(plane, table, dst=plane)
 
 
 class FastFlip(RandomFlip):
