@@ -153,12 +153,13 @@ class FastFlip(RandomFlip):
     """Leaves images whose rows go forward, which is what all that follows is fast on."""
 
     def apply_image(self, labels: dict[str, Any], params: dict[str, Any]) -> dict[str, Any]:
-        """Flip an image (height, width, 3) uint8; others as Ultralytics does."""
+        """Flip an image (height, width, 3) uint8, in its place: a warp gave it its own; others as Ultralytics does."""
         image = labels["img"]
         if image.shape[-1] != 3:
             return super().apply_image(labels, params)
         if params["flip"]:
-            labels["img"] = cv2.flip(image, {"vertical": 0, "horizontal": 1}[params["direction"]])
+            place = image if image.flags.c_contiguous else None
+            labels["img"] = cv2.flip(image, {"vertical": 0, "horizontal": 1}[params["direction"]], dst=place)
         return labels
 
 
