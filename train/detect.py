@@ -48,7 +48,7 @@ from train.model.loss import build_criterion, end_of_epoch, set_length
 from train.model.weights import fetch_weights, load_detector
 from train.processes.accelerator import resolved, settle_buckets, start_processes, without_buffer_broadcast
 from train.processes.collectives import check_same, on_main, once_per_machine, sync_from_main
-from train.processes.files import check_file, check_folder
+from train.processes.files import cache_folder, check_file, check_folder
 from train.processes.meeting import meet
 from train.processes.places import folder_here, hand_out
 from train.processes.script import run
@@ -139,7 +139,7 @@ def main(config: TrainConfig) -> None:
     cache_images({"train": train_set, "val": val_set}, config, accelerator, report.say, report.caching)
     report.watch.end()
     if config.compile:
-        compile_forward(detector, accelerator.device)
+        compile_forward(detector, accelerator.device, cache_folder() / "compiled")
     schedule = Schedule(config, len(train_set), len(data.names), saved["picked"] if saved else "")
     model, optimizer = accelerator.prepare(model, build_optimizer(model, schedule))
     model = without_buffer_broadcast(model)

@@ -49,7 +49,7 @@ class Run:
     """One training of one side."""
 
     command: list[str]
-    seconds: dict[str, float] = field(default_factory=dict)  # since the command: first step, end
+    seconds: dict[str, float] = field(default_factory=dict)  # since the command: first step, first epoch, end
     epochs: list[float] = field(default_factory=list)  # seconds from a validation to the end of the next steps
     validations: list[float] = field(default_factory=list)  # seconds
     memory: int = 0  # bytes
@@ -148,6 +148,7 @@ def ours(recipe: dict[str, Any], threads: int | None, *more: str, ranks: int = 1
 
 def _trained(run: Run, stamp: float) -> None:
     """All steps of an epoch are done."""
+    run.seconds.setdefault("trained", stamp)
     if before := run.seconds.get("validated"):
         run.epochs.append(stamp - before)
 
@@ -255,7 +256,7 @@ def whole(table: Table, name: str, made: list[list[Run]], images: tuple[int, int
 def main() -> None:
     """Run the parts that are asked for; print Markdown, write JSON and a plot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = ("same", "default", "bf16", "two", "start", "pipeline", "ap")
+    parts = ("same", "default", "bf16", "two", "compile", "start", "pipeline", "ap")
     parser.add_argument("--data", help="a data YAML with real images; without it the built-in shapes")
     parser.add_argument("--only", nargs="+", choices=parts, default=[*parts])
     parser.add_argument("--turns", type=int, default=5)
@@ -300,6 +301,13 @@ def main() -> None:
             runs[what] = turns(few, *sides)
             one, two = (rate(side, images[0]) for side in runs[what])
             table.row(what, one, two, "{:.1f}")
+    if "compile" in used:
+        what = "--compile against without, fp32, one thread"
+        runs[what] = turns(few, lambda: ours(short, 1, *fp32), lambda: ours(short, 1, *fp32, "--compile"))
+        plain, compiled = (rate(side, images[0]) for side in runs[what])
+        table.row(f"{what}: training images/s", plain, compiled, "{:.1f}")
+        first = [[run.seconds["trained"] for run in side] for side in runs[what]]
+        table.row(f"{what}: command to the end of the first epoch", *first, "{:.1f} s", less=True)
     if "start" in used:
         for what, wandb, trackers in (("no trackers", False, "none"), ("W&B offline", True, "wandb")):
             runs[what] = turns(

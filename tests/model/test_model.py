@@ -177,11 +177,11 @@ def test_image_size_and_stride():
         check_imgsz(50, 64)
 
 
-def test_what_cannot_be_compiled_says_why(monkeypatch):
+def test_what_cannot_be_compiled_says_why(tmp_path: Path, monkeypatch):
     monkeypatch.setenv("PATH", "")
     monkeypatch.setenv("CXX", "g++")
     with pytest.raises(InputError, match=r"--compile needs a C\+\+ compiler, .*: apt install g\+\+"):
-        compile_forward(build("yolov8n.yaml"), CPU)
+        compile_forward(build("yolov8n.yaml"), CPU, tmp_path)
     for size in ({"rect": True}, {"multi_scale": 0.5}):  # torch compiles a convolution's backward for each size
         assert "--compile goes with batches of one size" in TrainConfig(compile=True, **size).faults()[0]
 

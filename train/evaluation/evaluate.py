@@ -106,7 +106,7 @@ def evaluate(
             scale_boxes(images.shape[2:], box[:, :4], shape, ratio_pad)  # in place
         ids += batch["id"]
         found += boxes
-        del batch, images, raw  # else they would live through the next forward
+        del images, raw  # else they would live through the next forward
         laps.end("postprocess")
     if stop is not None:
         stop.agree()  # collective

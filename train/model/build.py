@@ -19,7 +19,6 @@ from train.config.errors import InputError
 from train.config.options import TrainConfig
 from train.model.architecture import build_detector, read_architecture
 from train.model.weights import load_detector
-from train.processes.files import cache_folder
 
 
 def build_model(config: TrainConfig, source: str, names: dict[int, str], channels: int) -> tuple[DetectionModel, str]:
@@ -131,17 +130,22 @@ def _frozen_layers(model: DetectionModel, freeze: int | tuple[int | str, ...] | 
     return prefixes
 
 
-def compile_forward(model: DetectionModel, device: torch.device) -> None:
-    """Have the model's forward compiled for the first batch it gets; what is compiled is kept for the next run.
+def compile_forward(model: DetectionModel, device: torch.device, folder: Path) -> None:
+    """Have the model's forward compiled for the first batch it gets.
 
     The module stays what it is, so that its weights go by the same names, and copies and hooks know nothing of it.
+
+    Args:
+        model: to train.
+        device: of the run.
+        folder: where what is compiled is kept for the next run, unless the user has set TORCHINDUCTOR_CACHE_DIR.
 
     Raises:
         InputError: nothing to compile with.
     """
     kept = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "")
     if not kept or kept.startswith(train.scratch.name):  # nobody's choice but torch's, and gone with this process
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache_folder() / "compiled")
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
     if device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
         raise InputError("--compile needs a C++ compiler, and there is no g++ here: apt install g++, or leave it out.")
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:

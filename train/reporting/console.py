@@ -5,6 +5,7 @@ import logging
 import logging.handlers
 import os
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -54,6 +55,7 @@ class Console:
     def __init__(self, accelerator: Accelerator, config: EvalConfig):
         self.accelerator, self.config = accelerator, config
         self.bar: tqdm | None = None
+        self.printing = threading.RLock()
         self.columns = 0  # of the terminal when the bar was drawn last
         # A notebook's `!command` and some CI runners give their commands a terminal that nobody looks at as one.
         terminal = sys.stdout.isatty() and not any(name in os.environ for name in NO_TERMINAL)
@@ -96,9 +98,13 @@ class Console:
 
     @contextlib.contextmanager
     def _going_on(self) -> Iterator[None]:
-        """A console that nobody reads any more, or whose disk is full, goes silent; the run goes on with its logs."""
+        """A console that nobody reads any more, or whose disk is full, goes silent; the run goes on with its logs.
+
+        One thread at a time: the watch and what is done beside the training speak, too.
+        """
         try:
-            yield
+            with self.printing:
+                yield
         except OSError as error:
             self.bar, self.shows_bar = None, False
             with contextlib.suppress(OSError):  # else Python fails to flush at its end
