@@ -37,11 +37,11 @@ def test_all_faults_are_told_at_once():
 
 
 def test_a_file_of_options_stands_below_the_command_line(tmp_path: Path):
-    (tmp_path / "args.yaml").write_text("epochs: 5\nlr0: 0.1\nconf: null\ncompile: true\nworkers: 8\ndnn: false\n")
+    (tmp_path / "args.yaml").write_text("epochs: 5\nlr0: 0.1\nconf: null\noptimize: true\nworkers: 8\ndnn: false\n")
     config, warnings = parse(TrainConfig, "", ["--cfg", str(tmp_path / "args.yaml"), "--lr0", "0.2"])
     assert (config.epochs, config.lr0, config.conf) == (5, 0.2, 0.001)
     assert len(warnings) == 1
-    assert "sets compile, which this project does not have" in warnings[0]  # dnn is at its default: asks for nothing
+    assert "sets optimize, which this project does not have" in warnings[0]  # dnn is at its default: asks for nothing
 
 
 def test_ultralytics_own_file_and_our_config_json_are_accepted(tmp_path: Path):

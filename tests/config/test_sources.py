@@ -18,8 +18,9 @@ from train.model.build import build_model
 from train.model.weights import as_checkpoint
 from train.validate import validated_with
 
-# Options that run code, or name a place that is written over or appended to, or one that such a place is read from
-DANGEROUS = {"trust_checkpoint", "log_file", "resume", "save_dir", "predictions", "wandb_entity"}
+# Options that run code, or name a place that is written over or appended to, or one that such a place is read from;
+# and one that is another thing in Ultralytics' files
+DANGEROUS = {"trust_checkpoint", "log_file", "resume", "save_dir", "predictions", "wandb_entity", "profile"}
 
 
 def test_every_option_is_on_a_list_or_dangerous():
@@ -32,7 +33,7 @@ def test_every_option_is_on_a_list_or_dangerous():
 
 @pytest.mark.parametrize(("kind", "name"), [(TrainConfig, n) for n in sorted(DANGEROUS & set(vars(TrainConfig())))])
 def test_a_file_may_not_set_what_counts_from_the_command_line_alone(tmp_path: Path, kind: type[EvalConfig], name: str):
-    value = True if name == "trust_checkpoint" else "victim"
+    value = {"trust_checkpoint": True, "profile": 20}.get(name, "victim")
     file = tmp_path / "args.yaml"
     file.write_text(f"{name}: {json.dumps(value)}\nepochs: 7\nproject: there\n")
     config, warnings = parse(kind, "", ["--cfg", str(file)])

@@ -278,8 +278,6 @@ class Output:
     """Keep the checkpoint of every so many epochs as weights/epoch<N>.pt; below 1 only best.pt and last.pt are."""
     strict: bool = False
     """End where an image or a label file is faulty, instead of leaving it out."""
-    profile: int = 0
-    """Trace so many steps on each rank, and say where their time and that of the epoch's end went; 0 does not."""
     trackers: tuple[str, ...] = ("wandb",)
     """Experiment trackers of Accelerate (wandb, tensorboard, …); `--trackers none` for none."""
 
@@ -302,10 +300,12 @@ class Wandb:
 
 @dataclass(frozen=True, kw_only=True)
 class Resuming:
-    """Going on with a run, and whose W&B it goes to. These count from the command line alone."""
+    """Going on with a run, whose W&B it goes to, where its time goes. These count from the command line alone."""
 
     resume: str = ""
     """Folder of a run to go on with, at its last save; `auto`: the newest unfinished run of these options, or a new."""
+    profile: int = 0
+    """Trace so many steps on each rank, and say where their time and that of the epoch's end went; 0 does not."""
     wandb_entity: str = ""
     """User or team on W&B; unset takes WANDB_ENTITY, else your own."""
 

@@ -184,7 +184,8 @@ def as_checkpoint(
     """What `ultralytics.YOLO` reads: the module itself, in fp32 and contiguous, with plain values beside it."""
     model = deepcopy(model).float().cpu().to(memory_format=torch.contiguous_format)
     theirs = vars(get_cfg())
-    model.args = theirs | {key: value for key, value in train_args.items() if key in theirs and value is not None}
+    shared = theirs.keys() - {"profile"}  # another thing there: whether an export is timed
+    model.args = theirs | {key: value for key, value in train_args.items() if key in shared and value is not None}
     model.criterion = None
     return {
         "epoch": epoch,

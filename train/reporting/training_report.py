@@ -238,10 +238,14 @@ class TrainingReport(Report):
             ends: whether no step may be to come.
         """
         stages = {name: mean for name, (_, mean) in result.seconds.items()} if result else {}
-        if found := profile.result(stages, self.folder / "profile", ends):
-            for line in lines.profile_lines(*found):
-                self.say(line)
-            self.say(f"profile    traces of the steps, by rank: {self.folder / 'profile'} (https://ui.perfetto.dev)")
+        if (found := profile.result(stages, ends)) is None:
+            return
+        for line in lines.profile_lines(*found):
+            self.say(line)
+        if profile.steps.count:
+            folder = self.folder / "profile"
+            self.going_on("the trace", lambda: profile.write(folder))
+            self.say(f"profile    traces of the steps, by rank: {folder} (https://ui.perfetto.dev)")
 
     def _draw_epoch(self, rows: list[dict[str, Any]], result: Evaluation | None, truth: Truth) -> None:
         plots().draw_results(rows, self.config.val_name, self.folder / "results.png")

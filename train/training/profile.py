@@ -97,15 +97,14 @@ class Profile:
 
     def epoch_ends(self) -> None:
         """What follows are no steps, but the end of an epoch."""
-        self._look_at(self.ends if self.steps.count else None)
+        self._look_at(self.ends if self.steps.count and self.wanted else None)
 
-    def result(self, stages: dict[str, float], folder: Path, ends: bool) -> tuple[Laps, Laps] | None:
+    def result(self, stages: dict[str, float], ends: bool) -> tuple[Laps, Laps] | None:
         """The end of an epoch is over. Once all steps have been looked at: they, and the ends of epochs, as means over
-        the ranks (collective); each rank writes its trace.
+        the ranks (collective).
 
         Args:
             stages: seconds of the validation's.
-            folder: for the traces.
             ends: whether no step is to come.
         """
         if self.laps is self.ends:
@@ -119,14 +118,16 @@ class Profile:
             return None
         self._stop_trace()
         self.wanted = 0
-        folder.mkdir(parents=True, exist_ok=True)
-        if self.steps.count:
-            self.trace.export_chrome_trace(str(folder / f"rank{self.accelerator.process_index}.json.gz"))
         for laps in (self.steps, self.ends):
             own = torch.tensor([laps.wall, *laps.seconds.values()], device=self.accelerator.device)
             laps.wall, *seconds = self.accelerator.reduce(own, reduction="mean").tolist()
             laps.seconds = dict(zip(laps.seconds, seconds, strict=True))
         return self.steps, self.ends
+
+    def write(self, folder: Path) -> None:
+        """Write this rank's trace of the steps."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.trace.export_chrome_trace(str(folder / f"rank{self.accelerator.process_index}.json.gz"))
 
     # Clocks -------------------------------------------------------------------------------------------------------
     def _look_at(self, laps: Laps | None) -> None:
