@@ -188,13 +188,13 @@ def main(config: TrainConfig) -> None:
                 report.stopped(state)
                 raise Ended(progress.end)
         report.trained(state)
+        report.saved(saves.save())  # what follows may take long, or more memory than there is
+        stop.agree()
         plans = config.time is not None and epoch == 0
         ends = plans or epoch + 1 == schedule.config.epochs or epoch - state.best_epoch >= config.patience
         if not ends:  # the workers go on meanwhile
             positions.set(epoch + 1, 0, schedule.closed(epoch + 1))
             train_batches.start()
-        report.saved(saves.save())  # what follows may take long, or more memory than there is
-        stop.agree()
 
         state.finish(epoch)
         sync_from_main(ema.ema)  # BatchNorm's running statistics are each rank's own
@@ -217,9 +217,11 @@ def main(config: TrainConfig) -> None:
         report.saved(saves.save(validated, result))
         if result is not None and state.best_epoch == epoch:
             best = epoch, result
-        report.profile(meter.profile, result, ends)
+        last = epoch + 1 == schedule.config.epochs or epoch - state.best_epoch >= config.patience
+        report.profile(meter.profile, result, last)
         stop.agree()
-    report.saved(saves.settle(), last=True)
+    failed = saves.settle()
+    report.saved(failed or ("" if state.best_epoch >= 0 else "no best.pt could be written"), last=True)
     if epoch < schedule.config.epochs:
         report.say(f"stopped: no better epoch than {state.best_epoch + 1} for {config.patience} epochs (--patience)")
 

@@ -160,7 +160,8 @@ def findings(ranks: list[Facts], options: Options) -> list[str]:
         if cuda and len(ranks) > 1 and not first["NCCL"]:
             found.append(f"torch {first['torch']} on {host} has no NCCL, which GPUs talk by. Install a CUDA build.")
         workers = min(options.workers, first["cores"] // wanted)
-        needed = 3 * BATCH_BYTES * workers * wanted  # three batches in the hands of each worker
+        # Three batches in the hands of each worker that validates, two in those of each that begins the next epoch.
+        needed = 5 * BATCH_BYTES * workers * wanted
         if first["shared memory"] is not None and first["shared memory"] < needed:
             found.append(
                 f"/dev/shm on {host} has {first['shared memory'] / 1e6:.0f} MB free; {workers} workers in each of "

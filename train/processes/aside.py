@@ -4,13 +4,15 @@ It is given snapshots, which nothing changes any more and which lie in the host'
 and takes part in no collective. matplotlib and the trackers are used by one thread at a time.
 """
 
-import contextlib
+import logging
 import queue
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
+BOUND = 10.0  # seconds that an end waits for what is being written
 _started: list["Aside"] = []  # a process has one
 
 
@@ -78,7 +80,10 @@ class Aside:
 
 
 def finish() -> None:
-    """The run has been told to end: what it has been given to save is saved first."""
+    """The run ends, whatever for: what it has been given to save is saved first, if that takes no longer than BOUND."""
     for aside in _started:
-        with contextlib.suppress(Exception):  # it was told to end, and by then only files can fail, which says so
-            aside.wait()
+        until = time.monotonic() + BOUND
+        while aside.jobs.unfinished_tasks and time.monotonic() < until:  # `join` has no bound
+            time.sleep(0.01)
+        if aside.failure is not None:
+            logging.getLogger("train").error("what was done beside the training failed", exc_info=aside.failure)

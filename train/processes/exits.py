@@ -11,7 +11,7 @@ import time
 from dataclasses import dataclass
 from typing import NoReturn
 
-from train.processes import status
+from train.processes import aside, status
 from train.processes.logs import run_folder
 from train.processes.scratch import clean_up
 
@@ -52,6 +52,8 @@ def leave(end: End) -> NoReturn:
 def end_now(end: End) -> NoReturn:
     """End this process from any thread, and its workers with it."""
     note(end)
+    if saving.is_set() or end.state == "failed":  # and not where it was told twice
+        aside.finish()
     end_workers()
     with contextlib.suppress(Exception):
         logging.shutdown()

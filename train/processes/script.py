@@ -44,9 +44,11 @@ def run(main: Callable[[C], None], kind: type[C], description: str, kept: Kept |
         end = _ended(main, kind, description, kept)
         if end is not None:
             signals.deafen()
+            aside.finish()
     except signals.Ended as ended:
         signals.deafen()
-        aside.finish()
+        if saving.is_set():
+            aside.finish()
         logging.getLogger("train").warning(ended.end.reason)
         end = _ended_by(ended.end, saving.is_set())
     if end is None:

@@ -18,6 +18,7 @@ from accelerate import Accelerator
 
 import train
 from train.config.options import TrainConfig
+from train.evaluation.coco import diagnose
 from train.evaluation.evaluate import Evaluation
 from train.evaluation.truth import Truth
 from train.processes.aside import Aside
@@ -159,13 +160,22 @@ class Tracking:
             return
         row = state.rows[-1]
         if self.run is not None:
-            now = replace(state, rows=[*state.rows])  # it goes on
-            self._later(lambda: self._show(now, result, truth, last))
+            now = replace(state, rows=[*state.rows])  # the state goes on
+            found: list[dict[str, Any] | None] = [None]
+            shows = result is not None and (last or row["epoch"] - self.shown >= self.config.epochs / RICH)
+            if result is not None and shows:
+                self.shown = row["epoch"]
+                detections = result.detections
+                # Not by the thread: what hotcoco prints is caught by exchanging the standard output of all threads.
+                self._safely(lambda: found.insert(0, diagnose(truth, detections)))
+            self._later(lambda: self._show(now, result if shows else None, truth, found[0]))
         numbers = {name: value for name, value in row.items() if value is not None} | speed | {"lr": row["lr/pg0"]}
         self.log(numbers, row["global_step"])
 
-    def _show(self, state: TrainState, result: Evaluation | None, truth: Truth, last: bool) -> None:
-        """What W&B shows beyond numbers, with the epoch's row."""
+    def _show(
+        self, state: TrainState, result: Evaluation | None, truth: Truth, diagnosis: dict[str, Any] | None
+    ) -> None:
+        """What W&B shows beyond numbers, with the epoch's row; tables and charts where there is a result to show."""
         if self.run is None:  # it has failed meanwhile
             return
         from train.reporting import wandb_page  # imports W&B: 0.3 s
@@ -173,15 +183,14 @@ class Tracking:
         rows, val = state.rows, self.config.val_name
         epoch = rows[-1]["epoch"]
         shown: dict[str, Any] = {}
-        if result and (last or epoch - self.shown >= self.config.epochs / RICH):
-            self.shown = epoch
-            shown |= wandb_page.charts(rows, val) | wandb_page.tables(result, truth, val)
+        if result:
+            shown |= wandb_page.charts(rows, val) | wandb_page.tables(result, truth, val, diagnosis)
         if len(rows) == 1:
             shown |= wandb_page.first_pictures(self.folder)
         if shown:
             step = rows[-1]["global_step"]
             self.run.log(wandb_page.as_files(self.run, shown, step), step=step, commit=False)
-        if result and state.best_epoch == state.epoch:
+        if state.best_epoch == state.epoch:
             self.run.summary["best/AP"], self.run.summary["best/epoch"] = state.best_ap, epoch
 
     def close(self, state: TrainState | None) -> None:

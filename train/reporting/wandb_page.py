@@ -8,7 +8,7 @@ import wandb
 from wandb.plot import CustomChart
 
 from train.config.words import printable
-from train.evaluation.coco import COLUMNS, diagnose
+from train.evaluation.coco import COLUMNS
 from train.evaluation.evaluate import Evaluation
 from train.evaluation.truth import Truth
 from train.reporting.plots import CONFIDENCE, Box, boxes_on, same_images, small_picture
@@ -26,8 +26,15 @@ def charts(rows: list[dict[str, Any]], val: str) -> dict[str, Any]:
     return shown
 
 
-def tables(result: Evaluation, truth: Truth, val: str) -> dict[str, Any]:
-    """AP by class, precision-recall curves, the confusion matrix, and images with truth and detections as boxes."""
+def tables(result: Evaluation, truth: Truth, val: str, diagnosis: dict[str, Any] | None) -> dict[str, Any]:
+    """AP by class, precision-recall curves, the confusion matrix, and images with truth and detections as boxes.
+
+    Args:
+        result: of the validation.
+        truth: of the split.
+        val: what the metrics are filed under.
+        diagnosis: what `diagnose` returned.
+    """
     by_class = [[name, *(values[c] for c in COLUMNS)] for name, values in result.per_class.items()]
     shown: dict[str, Any] = {f"{val}/per_class": wandb.Table(columns=["class", *COLUMNS], data=by_class)}
     by_id = truth.names
@@ -43,7 +50,7 @@ def tables(result: Evaluation, truth: Truth, val: str) -> dict[str, Any]:
         {"x": "recall", "y": "precision", "class": "class"},
         {"title": "Precision-recall at IoU 0.50", "x-axis-title": "Recall", "y-axis-title": "Precision"},
     )  # fmt: skip
-    if diagnosis := diagnose(truth, result.detections):
+    if diagnosis:
         labels = [*names, "background"]
         counts = [
             [labels[i], labels[j], int(count)] for (i, j), count in np.ndenumerate(diagnosis["confusion"]) if count

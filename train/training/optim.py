@@ -174,8 +174,11 @@ def build_optimizer(model: nn.Module, schedule: Schedule) -> torch.optim.Optimiz
         group["initial_lr"] = group["lr"]
     if muon:
         return MuSGD(groups, lr=lr, momentum=momentum, nesterov=True, muon=0.2, sgd=1.0)
-    # fused, where torch has it: one kernel, and the gradient scaler skips a step without a host sync
-    fused = {"fused": next(model.parameters()).is_cuda} if name in ("SGD", "Adam", "AdamW") else {}
+    # fused, where torch has it: one kernel, and the gradient scaler skips a step without a host sync. Not SGD in fp16:
+    # a first step that is skipped would leave its momentum as it was found in memory.
+    scaled = schedule.config.mixed_precision == "fp16"
+    fused = {"fused": next(model.parameters()).is_cuda and not (name == "SGD" and scaled)}
+    fused = fused if name in ("SGD", "Adam", "AdamW") else {}
     if name == "SGD":
         return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=True, **fused)
     if name == "RMSprop":

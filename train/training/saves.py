@@ -8,6 +8,7 @@ written that needs it) and best_before.pt (there as long as the older state need
 
 import contextlib
 import hashlib
+import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -136,7 +137,9 @@ class Saves:
         except (OSError, RuntimeError) as error:  # RuntimeError: how torch's writer says that the disk is full
             free = shutil.disk_usage(folder).free / 1e9
             reason = getattr(error, "strerror", None) or "the disk is full, or a limit is reached"
-            return f"{folder} could not be written to, where {free:.2f} GB are free ({reason})"
+            failed = f"{folder} could not be written to, where {free:.2f} GB are free ({reason})"
+            logging.getLogger("train").warning(failed)  # the run may end before anybody asks
+            return failed
         return ""
 
     def _write_last(self, checkpoint: dict[str, Any], of_best: bool) -> str:
