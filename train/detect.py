@@ -169,7 +169,8 @@ def main(config: TrainConfig) -> None:
     saves, stop = Saves(state, meter, given, images, weights, report.aside), Stop(accelerator)
     lost = LostImages(accelerator, positions, state.lost)
     best: tuple[int, Evaluation] | None = None
-    while (epoch := state.epoch + 1) < schedule.config.epochs and epoch - 1 - state.best_epoch < config.patience:
+    while not is_last(state.epoch, state, schedule.config):
+        epoch = state.epoch + 1
         positions.set(epoch, state.batches, schedule.closed(epoch))
         state.begin()
         report.epoch_starts(state, schedule)
@@ -191,7 +192,7 @@ def main(config: TrainConfig) -> None:
         report.saved(saves.save())  # what follows may take long, or more memory than there is
         stop.agree()
         plans = config.time is not None and epoch == 0
-        ends = plans or epoch + 1 == schedule.config.epochs or epoch - state.best_epoch >= config.patience
+        ends = plans or is_last(epoch, state, schedule.config)
         if not ends:  # the workers go on meanwhile
             positions.set(epoch + 1, 0, schedule.closed(epoch + 1))
             train_batches.start()
@@ -217,12 +218,11 @@ def main(config: TrainConfig) -> None:
         report.saved(saves.save(validated, result))
         if result is not None and state.best_epoch == epoch:
             best = epoch, result
-        last = epoch + 1 == schedule.config.epochs or epoch - state.best_epoch >= config.patience
-        report.profile(meter.profile, result, last)
+        report.profile(meter.profile, result, is_last(epoch, state, schedule.config))
         stop.agree()
     failed = saves.settle()
     report.saved(failed or ("" if state.best_epoch >= 0 else "no best.pt could be written"), last=True)
-    if epoch < schedule.config.epochs:
+    if state.epoch + 1 < schedule.config.epochs:
         report.say(f"stopped: no better epoch than {state.best_epoch + 1} for {config.patience} epochs (--patience)")
 
     if best is None or best[0] != state.best_epoch:  # it was before the run was resumed, or could not be saved
@@ -235,6 +235,11 @@ def main(config: TrainConfig) -> None:
     report.say(f"{report.taken()}; results in {folder}")
     report.close(state)
     stop.close()
+
+
+def is_last(epoch: int, state: TrainState, config: TrainConfig) -> bool:
+    """Whether no epoch follows this one, counted from 0, as far as is known of the best one."""
+    return epoch + 1 >= config.epochs or epoch - state.best_epoch >= config.patience
 
 
 def served(

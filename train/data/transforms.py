@@ -27,6 +27,14 @@ VALUES = np.arange(256, dtype=np.uint8)[None]
 DOWN = -0.5 + 3e-5  # OpenCV rounds to the nearest, a table of Ultralytics' down
 
 
+def _kept(step: Any, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Memory of a transform, uint8, that every image of this shape uses again: new memory is cold."""
+    kept: np.ndarray | None = vars(step).get(name)
+    if kept is None or kept.shape != shape:
+        kept = vars(step)[name] = np.empty(shape, np.uint8)
+    return kept
+
+
 class Canvas:
     """A mosaic that is not painted yet: images, and where on a canvas of which shape they lie."""
 
@@ -73,7 +81,7 @@ class FastPerspective(RandomPerspective):
         assert params is not None
         image, matrix, size = labels["img"], params["M"], params["size"]
         if isinstance(image, Canvas):
-            canvas = self._canvas(image.shape)
+            canvas = _kept(self, "canvas", (*image.shape[:2], 4))
             image.paint(canvas, (0, 0, *image.shape[1::-1]) if self.perspective else _seen(matrix, size, image.shape))
         elif image.ndim == 3 and image.shape[2] == 3:
             canvas = cv2.cvtColor(image, cv2.COLOR_BGR2BGRA)
@@ -85,13 +93,6 @@ class FastPerspective(RandomPerspective):
             warped = cv2.warpAffine(canvas, matrix[:2], dsize=size, borderValue=(GREY,) * 4)
         labels["img"], labels["resized_shape"] = warped[..., :3], warped.shape[:2]  # a view; see `FastHSV`
         return labels
-
-    def _canvas(self, shape: tuple[int, ...]) -> np.ndarray:
-        """Memory that every mosaic uses again."""
-        kept: np.ndarray | None = vars(self).get("kept")
-        if kept is None or kept.shape[:2] != shape[:2]:
-            self.kept = kept = np.empty((*shape[:2], 4), np.uint8)
-        return kept
 
 
 def _seen(matrix: np.ndarray, size: tuple[int, int], shape: tuple[int, ...]) -> tuple[int, int, int, int]:
@@ -123,7 +124,7 @@ class FastHSV(RandomHSV):
         saturation = np.clip(x * (gains[1] + 1), 0, 255).astype(np.uint8)
         value = np.clip(x * (gains[2] + 1), 0, 255).astype(np.uint8)
         saturation[0] = 0  # white stays white
-        hsv, planes = self._memory(image.shape)
+        hsv, planes = _kept(self, "hsv", image.shape), [*_kept(self, "planes", (3, *image.shape[:2]))]
         # Of a warped image the four channels: OpenCV would copy three of them first.
         whole = image.base if image.strides[1] == 4 else None
         cv2.cvtColor(image if whole is None else whole, cv2.COLOR_BGR2HSV, dst=hsv)
@@ -133,12 +134,6 @@ class FastHSV(RandomHSV):
         _scale(planes[2], gains[2] + 1, value)
         labels["img"] = cv2.cvtColor(cv2.merge(planes, dst=hsv), cv2.COLOR_HSV2BGR)
         return labels
-
-    def _memory(self, shape: tuple[int, ...]) -> tuple[np.ndarray, list[np.ndarray]]:
-        kept: tuple[np.ndarray, list[np.ndarray]] | None = vars(self).get("kept")
-        if kept is None or kept[0].shape != shape:
-            self.kept = kept = np.empty(shape, np.uint8), [np.empty(shape[:2], np.uint8) for _ in range(3)]
-        return kept
 
 
 def _scale(plane: np.ndarray, gain: float, table: np.ndarray) -> None:

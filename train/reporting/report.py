@@ -58,9 +58,9 @@ class Report:
         """Start the rank's log and write config.json, now that all ranks know the run's folder."""
         self.folder = folder
         self.console.open_logs(folder)
-        if self.accelerator.is_main_process:
-            status.begin(folder)
         self.results = Results(folder, self.accelerator.is_main_process)
+        if self.results.writes:
+            status.begin(folder)
         self.results.config(config)
         self.draws = config.plots and self.results.writes
 

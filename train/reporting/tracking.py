@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from accelerate import Accelerator
 
@@ -27,6 +27,7 @@ from train.reporting.repository import git_state
 from train.reporting.results import versions
 from train.training.state import TrainState
 
+T = TypeVar("T")
 PROJECT = "yolo-accelerate"
 RICH = 25  # tables, charts and pictures come at most about so often in a run
 
@@ -136,13 +137,14 @@ class Tracking:
         """In the order in which it is asked for; not by the main thread."""
         self.aside.do(lambda: self._safely(work))
 
-    def _safely(self, work: Callable[[], Any]) -> None:
+    def _safely(self, work: Callable[[], T]) -> T | None:
         """Whatever goes wrong with a tracker ends the tracking, not the training."""
         try:
-            work()
+            return work()
         except Exception as error:
             self.say(f"warning: the trackers failed and are off from here on: {error}")
             self.accelerator.trackers, self.run = [], None
+            return None
 
     def epoch(
         self, state: TrainState, speed: dict[str, float], result: Evaluation | None, truth: Truth, last: bool
@@ -161,14 +163,13 @@ class Tracking:
         row = state.rows[-1]
         if self.run is not None:
             now = replace(state, rows=[*state.rows])  # the state goes on
-            found: list[dict[str, Any] | None] = [None]
-            shows = result is not None and (last or row["epoch"] - self.shown >= self.config.epochs / RICH)
-            if result is not None and shows:
+            rich = result if last or row["epoch"] - self.shown >= self.config.epochs / RICH else None
+            diagnosis = None
+            if rich is not None:
                 self.shown = row["epoch"]
-                detections = result.detections
                 # Not by the thread: what hotcoco prints is caught by exchanging the standard output of all threads.
-                self._safely(lambda: found.insert(0, diagnose(truth, detections)))
-            self._later(lambda: self._show(now, result if shows else None, truth, found[0]))
+                diagnosis = self._safely(lambda: diagnose(truth, rich.detections))
+            self._later(lambda: self._show(now, rich, truth, diagnosis))
         numbers = {name: value for name, value in row.items() if value is not None} | speed | {"lr": row["lr/pg0"]}
         self.log(numbers, row["global_step"])
 

@@ -117,7 +117,7 @@ class TrainingReport(Report):
         """Say so in status.json and, on a terminal, by a progress bar."""
         epoch = state.epoch + 1
         self.epoch_number, self.where = epoch + 1, f"epoch {epoch + 1}/{schedule.config.epochs}"
-        if self.accelerator.is_main_process:
+        if self.results.writes:
             status.update(self.folder, epoch=epoch + 1)
         self.watch.begin("compiling the model" if self.compiles else "waiting for the first batch", progress=True)
         self.compiles = False

@@ -175,10 +175,10 @@ def build_optimizer(model: nn.Module, schedule: Schedule) -> torch.optim.Optimiz
     if muon:
         return MuSGD(groups, lr=lr, momentum=momentum, nesterov=True, muon=0.2, sgd=1.0)
     # fused, where torch has it: one kernel, and the gradient scaler skips a step without a host sync. Not SGD in fp16:
-    # a first step that is skipped would leave its momentum as it was found in memory.
-    scaled = schedule.config.mixed_precision == "fp16"
-    fused = {"fused": next(model.parameters()).is_cuda and not (name == "SGD" and scaled)}
-    fused = fused if name in ("SGD", "Adam", "AdamW") else {}
+    # a first step that is skipped would leave its momentum as it was found in memory. What is not fused says nothing of
+    # it, for torch takes False for a wish to step tensor by tensor.
+    fusable = ("Adam", "AdamW") if schedule.config.mixed_precision == "fp16" else ("Adam", "AdamW", "SGD")
+    fused = {"fused": next(model.parameters()).is_cuda} if name in fusable else {}
     if name == "SGD":
         return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=True, **fused)
     if name == "RMSprop":

@@ -136,7 +136,8 @@ class Profile:
         if self.laps is not None:
             self.laps.wall += self.since - self.begun
         self.laps, self.part = laps, "data wait" if laps is self.steps else "report"
-        self.begun = self.since = self._now()[0]
+        if laps is not None:  # else nothing waits for the device
+            self.begun = self.since = self._now()[0]
 
     def _now(self) -> tuple[float, float]:
         """The time when the device is done; of the last part the seconds in which ranks have waited for each other."""
