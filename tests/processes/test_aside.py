@@ -6,6 +6,7 @@ import weakref
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.conftest import ROOT, TINY, launch
 from train.processes.aside import Aside, finish
@@ -33,6 +34,17 @@ def test_jobs_are_done_in_order_by_another_thread_and_forgotten():
     assert [future.result() for future in futures] == [0, 1, 2, Picture]
     gc.collect()
     assert kept() is None
+
+
+def test_the_thread_takes_no_core_from_training():
+    """With a second team of OpenMP threads each step takes a third longer."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert Aside(at_once=False).do(torch.get_num_threads).result() == 1
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_what_draws_from_the_generators_of_training_is_done_at_once():
