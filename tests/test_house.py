@@ -64,6 +64,12 @@ def test_help_imports_nothing_that_takes_long():
     assert "Train a YOLO detector" in done.stdout
 
 
+def test_what_catches_ctrl_c_while_modules_are_imported_comes_before_them():
+    code = "import sys, train.processes.early; print({'torch', 'numpy', 'accelerate', 'ultralytics'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "set()\n", done.stderr
+
+
 def test_the_arrows_run_one_way():
     done = lint(ROOT)
     assert "2 kept, 0 broken" in done.stdout

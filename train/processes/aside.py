@@ -12,8 +12,6 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
-import torch
-
 BOUND = 10.0  # seconds that an end waits for what is being written
 _started: list["Aside"] = []  # a process has one
 
@@ -69,6 +67,8 @@ class Aside:
     def _run(self) -> None:
         # Of this thread alone. A second team of OpenMP threads, which stays, has both teams sleep at each of their
         # barriers where there are not cores for all: training took a third longer from the first save on.
+        import torch  # not above, since early.py imports this file before anything that takes seconds
+
         torch.set_num_threads(1)
         while True:
             job, done = self.jobs.get()
