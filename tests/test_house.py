@@ -65,7 +65,9 @@ def test_help_imports_nothing_that_takes_long():
 
 
 def test_what_catches_ctrl_c_while_modules_are_imported_comes_before_them():
-    code = "import sys, train.processes.early; print({'torch', 'numpy', 'accelerate', 'ultralytics'} & set(sys.modules))"
+    code = (
+        "import sys, train.processes.early; print({'torch', 'numpy', 'accelerate', 'ultralytics'} & set(sys.modules))"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.stdout == "set()\n", done.stderr
 
