@@ -3,9 +3,12 @@ PYTHON ?= python3
 GPUS ?=
 CPUS ?=
 PRECISION ?=
+TASK ?= detect
 ARGS ?=
 
 $(if $(filter-out auto bf16 fp16 no,$(PRECISION)),$(error PRECISION is $(PRECISION); it must be auto, bf16, fp16 or no))
+
+$(if $(filter-out detect segment pose,$(TASK)),$(error TASK is $(TASK); it must be detect, segment or pose))
 
 PY := .venv/bin/python
 # Runs a script on GPUS or CPUS processes: through accelerate launch, or as one plain process that gets the signals.
@@ -14,7 +17,7 @@ LAUNCH = @exec $(PY) -m train.processes.launcher --gpus "$(GPUS)" --cpus "$(CPUS
 QUICK := --imgsz 160 --epochs 15 --batch 16 --nbs 16 --optimizer AdamW --lr0 0.002 --lrf 0.02 --cos-lr --momentum 0.9 \
 	--warmup-epochs 1 --mosaic 0 --scale 0.2 --translate 0.05 --hsv-h 0 --hsv-s 0.2 --hsv-v 0.2
 OWN = $(findstring --data,$(ARGS))$(findstring --cfg,$(ARGS))$(findstring --resume,$(ARGS))
-LAST_WEIGHTS = $$(ls -t runs/detect/*/weights/best.pt 2>/dev/null | head -n 1)
+LAST_WEIGHTS = $$(ls -t runs/$(TASK)/*/weights/best.pt 2>/dev/null | head -n 1)
 
 .PHONY: help train validate doctor test test-slow test-cuda fuzz bench bench-eval bench-log bench-quick bench-save bench-data soak hashes check clean clean-cache
 .DEFAULT_GOAL := help
@@ -22,11 +25,12 @@ LAST_WEIGHTS = $$(ls -t runs/detect/*/weights/best.pt 2>/dev/null | head -n 1)
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
 	@echo
-	@echo "GPUS=2 or CPUS=2 sets the processes (all GPUs, else one process), PRECISION=auto|bf16|fp16|no the precision,"
+	@echo "TASK=detect|segment|pose sets the task, GPUS=2 or CPUS=2 the processes (all GPUs, else one process),"
+	@echo "PRECISION=auto|bf16|fp16|no the precision,"
 	@echo 'ARGS="--data coco.yaml --epochs 50" the options; $(PY) train/detect.py --help lists them.'
 
-train: .venv/installed  ## train, by default on the built-in shapes: make train GPUS=2 ARGS="--data coco.yaml"
-	$(LAUNCH) train/detect.py --mixed-precision $(or $(PRECISION),auto) $(if $(OWN),,$(QUICK)) $(ARGS)
+train: .venv/installed  ## train, by default on the built-in shapes: make train TASK=segment GPUS=2 ARGS="--data coco.yaml"
+	$(LAUNCH) train/$(TASK).py --mixed-precision $(or $(PRECISION),auto) $(if $(OWN),,$(QUICK)) $(ARGS)
 
 validate: .venv/installed  ## evaluate, by default the newest best.pt: make validate ARGS="--weights x.pt --data coco.yaml"
 	$(LAUNCH) train/validate.py $(if $(PRECISION),--mixed-precision $(PRECISION)) \
@@ -50,8 +54,8 @@ fuzz: .venv/installed  ## damaged labels and YAMLs for 60 seconds: no reader fai
 bench: .venv/installed-dev  ## train beside Ultralytics and print the ratios: ARGS="--data coco128.yaml --json FILE --plot FILE"
 	@exec $(PY) -m tests.bench.race $(ARGS)
 
-bench-eval: .venv/installed  ## measure evaluation against pycocotools and yolo val: make bench-eval ARGS="--data coco128.yaml"
-	@exec $(PY) -m tests.bench.evaluation $(ARGS)
+bench-eval: .venv/installed  ## measure evaluation against pycocotools and yolo val: TASK=segment ARGS="--data coco8-seg.yaml"
+	@exec $(PY) -m tests.bench.evaluation --task $(TASK) $(ARGS)
 
 bench-log: .venv/installed  ## measure what logging costs within the steps
 	@exec $(PY) -m tests.bench.logs $(ARGS)

@@ -16,10 +16,11 @@ from filelock import FileLock
 
 from tests.hashes import quick
 from train.data.shapes import draw_shapes
+from train.model.tasks import TASKS
 from train.training.saves import states
 
 ROOT = Path(__file__).resolve().parent.parent
-DETECT = ROOT / "train" / "detect.py"
+DETECT, SEGMENT, POSE = (ROOT / "train" / f"{task}.py" for task in ("detect", "segment", "pose"))
 VALIDATE = ROOT / "train" / "validate.py"
 CACHE = pytest.StashKey[tempfile.TemporaryDirectory]()
 TINY = ROOT / "tests" / "fixtures" / "tiny.yaml"  # a model of 40,000 weights
@@ -64,6 +65,14 @@ def pytest_configure(config: pytest.Config) -> None:
 def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The data YAML of a small shapes data set: 40 images to train on, 21 to validate on."""
     return draw_shapes(tmp_path_factory.mktemp("small"), {"train": 40, "val": 21})
+
+
+@pytest.fixture(scope="session")
+def drawn(tmp_path_factory: pytest.TempPathFactory, shapes: Path) -> dict[str, Path]:
+    """The data YAMLs of the same images by task."""
+    folder, splits = tmp_path_factory.mktemp("tasks"), {"train": 40, "val": 21}
+    others = {task: draw_shapes(folder, splits, carries=TASKS[task].carries) for task in ("segment", "pose")}
+    return {"detect": shapes} | others
 
 
 def once(name: str, factory: pytest.TempPathFactory, make: Callable[[Path], None]) -> Path:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from accelerate import Accelerator
 
+from train.config.objects import Carries
 from train.config.options import EvalConfig, TrainConfig
 from train.data.formats import ImageLabels
 from train.data.index import Index, finished, pack
@@ -13,18 +14,21 @@ from train.data.listing import DataFiles
 from train.data.scan import read_index
 
 
-def to_train_on(data: DataFiles, config: TrainConfig, accelerator: Accelerator) -> Labels:
+def to_train_on(data: DataFiles, config: TrainConfig, accelerator: Accelerator, carries: Carries = "boxes") -> Labels:
     """The labels that a training reads."""
     index = read_index(data, ("train",), config, accelerator)["train"]
-    return train_labels(index, len(data.names), config, config.fraction)
+    return train_labels(index, len(data.names), config, carries, config.fraction)
 
 
-def to_validate_on(data: DataFiles, config: EvalConfig, accelerator: Accelerator) -> Labels:
+def to_validate_on(data: DataFiles, config: EvalConfig, accelerator: Accelerator, carries: Carries = "boxes") -> Labels:
     """The labels that an evaluation reads."""
-    return val_labels(read_index(data, (config.split,), config, accelerator)[config.split], len(data.names), config)
+    index = read_index(data, (config.split,), config, accelerator)[config.split]
+    return val_labels(index, len(data.names), config, carries)
 
 
-def labels_of(read: Sequence[ImageLabels | str], classes: int = 100, base: str = "") -> Labels:
+def labels_of(
+    read: Sequence[ImageLabels | str], classes: int = 100, base: str = "", carries: Carries = "boxes"
+) -> Labels:
     """Labels as if they had been read."""
     files = [entry.im_file if isinstance(entry, ImageLabels) else "" for entry in read]
     files = [file.removeprefix(f"{base}/") if base else file for file in files]
@@ -32,4 +36,5 @@ def labels_of(read: Sequence[ImageLabels | str], classes: int = 100, base: str =
     listed = np.arange(len(read), dtype=np.int32)
     arrays = finished(pack([*read], base), paths, listed, files)
     arrays["ids"] = np.array([entry.image_id if isinstance(entry, ImageLabels) else -1 for entry in read], np.int64)
-    return Labels(Index(arrays, base), listed, classes, EvalConfig())
+    shapes = {tuple(points.shape) for entry in read if isinstance(entry, ImageLabels) for points in entry.keypoints}
+    return Labels(Index(arrays, base, *shapes), listed, classes, EvalConfig(), carries)

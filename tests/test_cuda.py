@@ -35,6 +35,7 @@ from ultralytics import YOLO
 
 from tests.conftest import DETECT, ROOT, TINY, VALIDATE
 from tests.labels import to_train_on, to_validate_on
+from train.config.objects import Objects
 from train.config.options import TrainConfig
 from train.data.files import find_data
 from train.data.loaders import train_loader, val_loader
@@ -44,7 +45,7 @@ from train.evaluation.cocofiles import read_truth
 from train.evaluation.evaluate import evaluate
 from train.model.build import ModelEMA, build_model
 from train.model.inference import _fp32, detect, inference_copy
-from train.model.loss import build_criterion
+from train.model.tasks import build_criterion
 from train.processes.accelerator import resolved, start_processes
 from train.processes.stops import Stop
 from train.processes.watch import Watch
@@ -193,14 +194,14 @@ def parts(
             accelerator.scaler = torch.amp.GradScaler(device, init_scale=scale)
         found = find_data(config.data)
         labels = to_train_on(found, config, accelerator)
-        detector, _ = build_model(config, config.model, found.names, 3)
+        detector, _ = build_model(config, config.model, found)
         detector = detector.to(accelerator.device, memory_format=config.memory_format)
         ema = ModelEMA(detector)
         total = None if config.local_loss_norm else partial(accelerator.reduce, reduction="sum")
         detector.criterion = build_criterion(detector, total, 1)
         schedule = Schedule(config, images=len(labels), classes=3)
         model, optimizer = accelerator.prepare(detector, build_optimizer(detector, schedule))
-        loader, positions = train_loader(TrainSet(labels, found.names, 3, config), schedule.batches, accelerator)
+        loader, positions = train_loader(TrainSet(labels, found, config), schedule.batches, accelerator)
         state = TrainState(detector, model, ema, optimizer, accelerator)
         watch = Watch(0, 1, 0, print)
         meter = Meter(accelerator, detector)
@@ -281,7 +282,7 @@ def test_t3_the_device_trains_what_the_cpu_trains(device: str, data: Path):
 @on_each_device
 def test_t4_boxes_are_decoded_in_true_fp32(device: str):
     torch.manual_seed(0)
-    model, _ = build_model(TrainConfig(), "yolov8n.yaml", {0: "a"}, 3)
+    model, _ = build_model(TrainConfig(), "yolov8n.yaml", Objects(names={0: "a"}))
     cells = 40 * 40 + 20 * 20 + 10 * 10
     scores = torch.linspace(-4, 4, cells)[torch.randperm(cells)].reshape(1, 1, cells)
     raw = {"boxes": torch.randn(1, 64, cells) * 3, "scores": scores}
@@ -303,7 +304,7 @@ def test_t4_boxes_are_decoded_in_true_fp32(device: str):
         assert torch.backends.cudnn.allow_tf32
 
 
-@on_each_device
+@on_each_device_slowly
 def test_t5_validation_gives_the_same_bits(device: str, data: Path, home: Path):
     precision = "bf16"
     done = trained(device, MODELS[device], precision, data, home)
@@ -412,7 +413,7 @@ def test_t7_a_run_of_the_cpu_goes_on_in_fp16(device: str, data: Path, tmp_path: 
         assert all(value.isfinite().all() for value in run.weights().values())
 
 
-@on_each_device
+@on_each_device_slowly
 def test_t8_memory_does_not_grow(device: str, data: Path):
     def held() -> int:
         gc.collect()
@@ -423,8 +424,8 @@ def test_t8_memory_does_not_grow(device: str, data: Path):
     with parts(device, data, "bf16") as run:
         files = find_data(str(data))
         labels = to_validate_on(files, run.config, run.accelerator)
-        truth = read_truth(labels, files.names, run.config, run.accelerator)
-        loader = val_loader(ValSet(labels, files.names, 3, run.config.imgsz, 32, True), run.config, run.accelerator)
+        truth = read_truth(labels, files, run.config, run.accelerator)
+        loader = val_loader(ValSet(labels, files, run.config, 32), run.config, run.accelerator)
         at = []
         for _ in range(4):
             run.epoch()

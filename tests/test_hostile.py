@@ -16,6 +16,7 @@ import wandb
 
 from tests.conftest import DETECT, ROOT, TINY, VALIDATE
 from train.config.errors import InputError
+from train.config.objects import Objects
 from train.config.options import TrainConfig
 from train.model.build import build_model
 from train.model.weights import as_checkpoint, load_detector
@@ -59,7 +60,7 @@ def stranger(tmp_path_factory: pytest.TempPathFactory, shapes: Path) -> tuple[Pa
     victim.mkdir()
     (victim / "metrics.json").write_text("precious")
     (home / "bashrc").write_text("precious\n")
-    model, _ = build_model(TrainConfig(), str(TINY), NAMES, 3)
+    model, _ = build_model(TrainConfig(), str(TINY), Objects(names=NAMES))
     good = as_checkpoint(model, {"data": str(shapes), "imgsz": 64}, 0, {})
     torch.save(good, home / "good.pt")
     for name, old in (("evil.pt", False), ("old.pt", True)):
@@ -93,11 +94,11 @@ def stranger(tmp_path_factory: pytest.TempPathFactory, shapes: Path) -> tuple[Pa
         "vision.pt": {"backbone": [[-1, 1, "TorchVision", [512, "resnet18", "DEFAULT"]]]},
         "activation.pt": {"activation": code},
     }.items():
-        model, _ = build_model(TrainConfig(), str(TINY), NAMES, 3)
+        model, _ = build_model(TrainConfig(), str(TINY), Objects(names=NAMES))
         model.yaml |= change
         torch.save(as_checkpoint(model, {"data": str(shapes), "imgsz": 64}, 0, {}), home / name)
     own = {"save_dir": str(victim), "log_file": str(home / "bashrc"), "trust_checkpoint": True, "predictions": "x"}
-    model, _ = build_model(TrainConfig(), str(TINY), NAMES, 3)
+    model, _ = build_model(TrainConfig(), str(TINY), Objects(names=NAMES))
     torch.save(as_checkpoint(model, {"data": str(shapes), "imgsz": 64} | own, 0, {}), home / "savedir.pt")
 
     routes = [
@@ -240,7 +241,7 @@ def test_a_checkpoint_constructs_no_module(tmp_path: Path, monkeypatch):
             with pytest.raises(InputError, match="is not a checkpoint that can be loaded"):
                 load_detector(str(file))
     assert not asked
-    model, _ = build_model(TrainConfig(), str(TINY), NAMES, 3)  # modules are constructed again
+    model, _ = build_model(TrainConfig(), str(TINY), Objects(names=NAMES))  # modules are constructed again
     folder = tmp_path / "it's"  # Ultralytics takes the apostrophe away, and looks on the network
     folder.mkdir()
     torch.save(as_checkpoint(model, {}, 0, {}), folder / "best.pt")

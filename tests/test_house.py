@@ -16,10 +16,14 @@ from accelerate.commands.launch import launch_command_parser
 from tests.conftest import ROOT
 from train.config.options import TrainConfig, ValConfig
 from train.config.reading import parse
+from train.config.task_options import PoseConfig, SegmentConfig
 from train.doctor import Options
 
 README = (ROOT / "README.md").read_text()
-SCRIPTS = {"train/detect.py": TrainConfig, "train/validate.py": ValConfig}
+SCRIPTS = {
+    "train/detect.py": TrainConfig, "train/segment.py": SegmentConfig, "train/pose.py": PoseConfig,
+    "train/validate.py": ValConfig,
+}  # fmt: skip
 
 
 def lint(folder: Path) -> subprocess.CompletedProcess:
@@ -147,8 +151,9 @@ def commands() -> list[list[str]]:
             if words[:1] == ["make"]:
                 assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE), line
                 variables = dict(word.split("=", 1) for word in words[2:])
-                assert set(variables) <= {"GPUS", "CPUS", "PRECISION", "ARGS"}, line
-                script = {"train": "train/detect.py", "validate": "train/validate.py"}.get(words[1])
+                assert set(variables) <= {"TASK", "GPUS", "CPUS", "PRECISION", "ARGS"}, line
+                task = variables.get("TASK", "detect")
+                script = {"train": f"train/{task}.py", "validate": "train/validate.py"}.get(words[1])
                 words = ["python", script, *shlex.split(variables.get("ARGS", ""))] if script else []
             if any(word in SCRIPTS for word in words):
                 found.append(words)
@@ -175,7 +180,8 @@ def test_every_option_in_a_command_parses(tmp_path: Path, monkeypatch):
 
 
 def test_every_option_in_the_text_is_one():
-    known = {field.name for kind in (TrainConfig, ValConfig, Options) for field in fields(kind)} | {"cfg", "help"}
+    kinds = (*SCRIPTS.values(), Options)
+    known = {field.name for kind in kinds for field in fields(kind)} | {"cfg", "help"}
     for words in re.findall(r"`(--[a-z][^`]*)`", README):
         for flag in re.findall(r"--([\w-]+)", words):
             name = flag.replace("-", "_")

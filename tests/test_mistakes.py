@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.conftest import DETECT, ROOT, VALIDATE, launch
+from tests.conftest import DETECT, POSE, ROOT, SEGMENT, VALIDATE, launch
+from train.config.objects import Objects
 from train.config.options import TrainConfig
 from train.model.build import build_model
 from train.model.weights import as_checkpoint
@@ -48,6 +49,10 @@ def home(tmp_path_factory: pytest.TempPathFactory, shapes: Path) -> Path:
         "binary.json": "",
         "args.yaml": "epochs: many\nmosaic: -3\n",
         "list.yaml": "- epochs\n",
+        "segmented.yaml": "task: segment\nepochs: 3\n",
+        "turned.yaml": "task: obb\n",
+        "pose.yaml": f"{root}train: images/train\nval: images/val\nkpt_shape: [2, 3]\n{NAMES}",
+        "mirrored.yaml": f"{root}train: images/train\nval: images/val\nkpt_shape: [2, 3]\nflip_idx: [1, 1]\n{NAMES}",
         "unknown.json": '[{"image_id": 777777, "category_id": 0, "bbox": [1, 2, 3, 4], "score": 0.5}]',
         "other.json": '{"images": [], "annotations": [], "categories": [{"id": 1, "name": "circle"}]}',
     }
@@ -68,10 +73,12 @@ def home(tmp_path_factory: pytest.TempPathFactory, shapes: Path) -> Path:
 
     (folder / "text.pt").write_text("not a checkpoint")
     (folder / "nothing.pt").write_bytes(b"")
-    model, _ = build_model(TrainConfig(), "yolov8n.yaml", {0: "circle", 1: "square", 2: "triangle"}, 3)
+    model, _ = build_model(TrainConfig(), "yolov8n.yaml", Objects(names={0: "circle", 1: "square", 2: "triangle"}))
     torch.save(as_checkpoint(model, {}, 0, {}), folder / "good.pt")
     (folder / "cut.pt").write_bytes((folder / "good.pt").read_bytes()[:100_000])
-    gray, _ = build_model(TrainConfig(), "yolov8n.yaml", {0: "circle", 1: "square", 2: "triangle"}, 1)
+    gray, _ = build_model(
+        TrainConfig(), "yolov8n.yaml", Objects(names={0: "circle", 1: "square", 2: "triangle"}, channels=1)
+    )
     torch.save(as_checkpoint(gray, {}, 0, {}), folder / "gray.pt")
     code = (  # as the original YOLOv5 code would have saved it
         "import sys, types, torch\nm = types.ModuleType('models'); y = types.ModuleType('models.yolo')\n"
@@ -150,8 +157,11 @@ CASES = [
     ([*GOOD, "--model", "cut.pt"], r"cut\.pt is not a checkpoint that can be loaded"),
     ([*GOOD, "--model", "gray.pt"], r"gray\.pt takes images of 1 channels, the data set has 3"),
     ([*GOOD, "--model", "yolov5s.pt"], r"original YOLOv5 code. Use its successor yolov5su\.pt"),
-    ([*GOOD, "--model", "yolov8n-seg.yaml"], r"Segment head; these scripts are for YOLO detection"),
-    ([*GOOD, "--model", "rtdetr-l.yaml"], r"RTDETRDecoder head"),
+    ([*GOOD, "--model", "yolov8n-seg.yaml"], r"Segment head, of a segment model; train/segment\.py trains that"),
+    ([*GOOD, "--model", "rtdetr-l.yaml"], r"RTDETRDecoder head; these scripts are for YOLO detect, segment and pose"),
+    ([*GOOD, "--mask-ratio", "4"], r"There is no --mask-ratio here"),
+    (["--cfg", "segmented.yaml"], r"segmented\.yaml is of the task 'segment'; train/segment\.py trains that"),
+    (["--cfg", "turned.yaml"], r"turned\.yaml is of the task 'obb'; these scripts train detect, segment, pose"),
     ([*GOOD, "--freeze", "99"], r"--freeze is 99; this model has the layers 0 to 22"),
     ([*GOOD, "--freeze", "0", "77.cv2"], r"--freeze is 0 77\.cv2; this model has the layers 0 to 22"),
     ([*GOOD, "--end2end"], r"--end2end was given, but yolov8n\.yaml has no one-to-one head"),
@@ -159,6 +169,23 @@ CASES = [
         [*GOOD, "--project", "good.yaml"],
         r"good\.yaml cannot be made: .*good\.yaml is a file\. Name another with --project",
     ),
+]
+
+
+TASK_CASES = [
+    (SEGMENT, GOOD, r"no train image has a usable label.*boxes, without polygons; train/detect\.py"),
+    (SEGMENT, [*GOOD, "--model", "yolov8n.yaml"], r"Detect head, of a detect model; train/detect\.py trains that"),
+    (SEGMENT, [*GOOD, "--mask-ratio", "0"], r"--mask-ratio is 0; it must be between 1 and 64"),
+    (SEGMENT, [*GOOD[2:], "--data", "pose.yaml"], r"names a kpt_shape: .* train/pose\.py"),
+    (POSE, GOOD, r"good\.yaml names no kpt_shape, .*train/detect\.py"),
+    (
+        POSE,
+        [*GOOD[2:], "--data", "pose.yaml", "--sigmas", "0.1", "-1"],
+        r"--sigmas is \[0\.1, -1\.0\]; it must be 2 ",
+    ),
+    (POSE, [*GOOD[2:], "--data", "pose.yaml", "--pose", "-1"], r"--pose is -1\.0; it must be 0 or more"),
+    (POSE, [*GOOD[2:], "--data", "pose.yaml", "--model", "yolo11n-seg.yaml"], r"train/segment\.py trains that"),
+    (POSE, [*GOOD[2:], "--data", "mirrored.yaml"], r"says flip_idx: a list of 2"),
 ]
 
 
@@ -192,7 +219,7 @@ AFTER_LABELS = ("usable label", "--strict", "lacks 21")
 
 def test_each_mistake_is_one_message_with_its_mend(home: Path, tmp_path: Path):
     before = sorted(home.rglob("*"))
-    cases = [(DETECT, *case) for case in CASES] + [(VALIDATE, *case) for case in VALIDATE_CASES]
+    cases = [(DETECT, *case) for case in CASES] + [(VALIDATE, *case) for case in VALIDATE_CASES] + TASK_CASES
     lines = "".join(json.dumps([str(script), *arguments]) + "\n" for script, arguments, _ in cases)
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "2"}
     environment["XDG_CACHE_HOME"] = str(tmp_path)  # another test's index would hide that labels are read

@@ -39,12 +39,14 @@ from train.model.build import (
     check_imgsz,
     compile_forward,
     largest_stride,
+    of_the_loss,
     rebuild_model,
     set_class_weights,
     size_in_words,
 )
 from train.model.inference import digest, inference_copy
-from train.model.loss import build_criterion, end_of_epoch, set_length
+from train.model.loss import end_of_epoch, set_length
+from train.model.tasks import TASKS, build_criterion, with_sigmas
 from train.model.weights import fetch_weights, load_detector
 from train.processes.accelerator import resolved, settle_buckets, start_processes, without_buffer_broadcast
 from train.processes.collectives import check_same, on_main, once_per_machine, sync_from_main
@@ -66,6 +68,7 @@ from train.training.state import TrainState
 
 def main(config: TrainConfig) -> None:
     """Train, from the configuration to the last checkpoint. Every rank runs all of it."""
+    task = TASKS[config.task]  # what is different in train/segment.py and train/pose.py, which call this, too
     # All that can be wrong is found before the first label is read: a million of them take minutes.
     config.check()
     if not config.resume or not in_place(config):
@@ -91,15 +94,18 @@ def main(config: TrainConfig) -> None:
     ranks = accelerator.num_processes
     if config.batch % ranks:
         raise InputError(indivisible(config, ranks))
-    data = once_per_machine(accelerator, lambda: find_data(config.data, config.single_cls, config.classes))
+    data = once_per_machine(
+        accelerator, lambda: find_data(config.data, config.single_cls, config.classes, task.carries)
+    )
     check_same("The classes of --data", data.names, "Start all machines with the same data set.")
+    config = with_sigmas(config, task, data)
 
     # Model. A run that is gone on with has kept its architecture; state.load() below brings its weights.
     if saved:
-        model = rebuild_model(config, saved["architecture"], saved["names"], data.names, data.channels)
+        model = rebuild_model(config, saved["architecture"], saved["names"], data)
     else:
         source = once_per_machine(accelerator, lambda: fetch_weights(config.model))
-        model, origin = build_model(config, source, data.names, data.channels)
+        model, origin = build_model(config, source, data)
     check_same("The weights to start from (by a hash)", digest(model), "Give all machines the same --model.")
     stride = largest_stride(model)
     check_imgsz(config.imgsz, stride)
@@ -107,12 +113,12 @@ def main(config: TrainConfig) -> None:
 
     # Data: an index of all labels, which was kept, or is read now by all ranks together, and mapped by each.
     report.watch.begin("reading labels")
-    annotated = read_annotated(config, accelerator)
+    annotated = read_annotated(config, accelerator, task.carries)
     index = read_index(data, ("train", config.split), config, accelerator, ahead, report.say, report.reading)
-    train_images = train_labels(index["train"], len(data.names), config, config.fraction)
-    val_images = val_labels(index[config.split], len(data.names), config)
+    train_images = train_labels(index["train"], len(data.names), config, task.carries, config.fraction)
+    val_images = val_labels(index[config.split], len(data.names), config, task.carries)
     on_main(accelerator, lambda: check_usable(data.name, train_images, val_images, config))
-    truth = read_truth(val_images, data.names, config, accelerator, annotated)
+    truth = read_truth(val_images, data, config, accelerator, annotated)
     before = saved["images"] if saved else {}
     images: dict[str, Tensor] = {}  # what they are now; the main process keeps it with the run
     on_main(
@@ -133,8 +139,8 @@ def main(config: TrainConfig) -> None:
     # What Accelerate prepares (loaders within train_loader and val_loader; rates are the schedule's, set in each step),
     # and the state that a killed run goes on from.
     detector = model  # without the wrapping that prepare() adds
-    train_set = TrainSet(train_images, data.names, data.channels, config, stride)
-    val_set = ValSet(val_images, data.names, data.channels, config.imgsz, stride, config.rect is not False)
+    train_set = TrainSet(train_images, data, config, stride)
+    val_set = ValSet(val_images, data, config, stride)
     report.watch.begin("caching images")
     cache_images({"train": train_set, "val": val_set}, config, accelerator, report.say, report.caching)
     report.watch.end()
@@ -143,7 +149,7 @@ def main(config: TrainConfig) -> None:
     schedule = Schedule(config, len(train_set), len(data.names), saved["picked"] if saved else "")
     model, optimizer = accelerator.prepare(model, build_optimizer(model, schedule))
     model = without_buffer_broadcast(model)
-    settle_buckets(model.train(), data.channels, 2 * stride, accelerator.device)
+    settle_buckets(model.train(), data.channels, 2 * stride, of_the_loss(detector))
     train_batches, positions = train_loader(train_set, schedule.batches, accelerator)
     val_batches = val_loader(val_set, config, accelerator)
     state = TrainState(detector, model, ema, optimizer, accelerator, picked=schedule.optimizer)

@@ -5,8 +5,8 @@
     python train/validate.py --predictions detections.json --annotations instances_val2017.json
     make validate GPUS=2 ARGS="--weights yolov8n.pt --data coco.yaml"
 
-Prints COCO's twelve numbers and a table by class, the same for any number of processes, and writes metrics.json,
-predictions.json, ground_truth.json and pictures into --save-dir.
+Prints COCO's numbers of boxes, and of masks or keypoints where the checkpoint finds such, and a table by class, the
+same for any number of processes, and writes metrics, predictions and truth as JSON, and pictures, into --save-dir.
 """
 
 from train.processes import early  # noqa: F401  # first, see there
@@ -15,6 +15,7 @@ from train.processes import early  # noqa: F401  # first, see there
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import numpy as np
 from accelerate import Accelerator
 
 from train.config.errors import InputError
+from train.config.objects import Carries, Objects
 from train.config.options import ValConfig
 from train.config.reading import parse, typed
 from train.config.sources import FROM_CHECKPOINT
@@ -34,10 +36,12 @@ from train.data.loaders import val_loader
 from train.data.scan import check_ahead, read_index
 from train.data.sets import ValSet
 from train.evaluation.cocofiles import check_predictions, read_annotated, read_predictions, read_truth
+from train.evaluation.detections import Detections
 from train.evaluation.evaluate import evaluate, measure
 from train.evaluation.truth import Truth
 from train.model.build import check_imgsz, largest_stride, set_end2end
 from train.model.inference import digest, inference_copy
+from train.model.tasks import TASKS, task_of, with_sigmas
 from train.model.weights import best_of_run, fetch_weights, load_detector, trained_with
 from train.processes.accelerator import resolved, start_processes
 from train.processes.collectives import check_same, on_main, once_per_machine
@@ -52,7 +56,7 @@ from train.reporting.report import Report
 def main(config: ValConfig) -> None:
     """Evaluate, from the checkpoint to the table. Every rank runs all of it."""
     config.check()
-    check_folder(Path(config.save_dir or "runs/detect"), "--save-dir")
+    check_folder(Path(config.save_dir or "runs"), "--save-dir")
     check_file(config.log_file, "--log-file")
     ahead = check_ahead(config, config.split)  # beside all that comes before the labels
     config = meet(config)
@@ -70,21 +74,27 @@ def main(config: ValConfig) -> None:
         config = resolved(config, accelerator)
     model, _ = load_detector(weights, config.trust_checkpoint)
     check_same("The weights to evaluate (by a hash)", digest(model), "Give all machines the same --weights.")
-    stride = largest_stride(model)
+    task, stride = task_of(model), largest_stride(model)
     check_imgsz(config.imgsz, stride)
     if config.end2end is not None:
         set_end2end(model, config.end2end, config.weights)
 
     if not config.data:
         raise InputError(f"{config.weights} does not say what it was trained on; name the data set with --data.")
-    data = once_per_machine(accelerator, lambda: find_data(config.data, config.single_cls, config.classes))
+    data = once_per_machine(
+        accelerator, lambda: find_data(config.data, config.single_cls, config.classes, task.carries)
+    )
     if len(model.names) != len(data.names):
         raise InputError(f"{config.weights} knows {len(model.names)} classes, {data.name} names {len(data.names)}.")
-    labels, truth = split_to_validate(data, config, accelerator, report, ahead)
-    val_set = ValSet(labels, data.names, data.channels, config.imgsz, stride, config.rect is not False)
-    loader = val_loader(val_set, config, accelerator)
+    if task.carries == "keypoints" and [*model.model[-1].kpt_shape] != [*data.keypoints]:
+        found, theirs = [*model.model[-1].kpt_shape], [*data.keypoints]
+        raise InputError(f"{config.weights} finds keypoints of kpt_shape {found}, {data.name} has {theirs}.")
+    known = data.sigmas or tuple(getattr(model, "kpt_oks_sigmas", None) or ())
+    config = with_sigmas(config, task, replace(data, sigmas=known))
+    labels, truth = split_to_validate(data, config, task.carries, accelerator, report, ahead)
+    loader = val_loader(ValSet(labels, data, config, stride, judged=False), config, accelerator)
 
-    open_folder(report, config, accelerator)
+    open_folder(report, config, task.name, accelerator)
     report.faults(labels)
     if model.names != data.names:
         first = next(i for i in data.names if model.names[i] != data.names[i])
@@ -98,10 +108,11 @@ def main(config: ValConfig) -> None:
     report.close()
 
 
-def open_folder(report: Report, config: ValConfig, accelerator: Accelerator) -> None:
+def open_folder(report: Report, config: ValConfig, task: str, accelerator: Accelerator) -> None:
     """Make the folder for the results, on other machines one for their logs alone (collective)."""
-    place = Path(config.save_dir).parent if config.save_dir else Path("runs/detect")
-    folder = on_main(accelerator, lambda: new_folder(Path("runs/detect"), "val", config.save_dir))
+    runs = Path("runs") / task
+    place = Path(config.save_dir).parent if config.save_dir else runs
+    folder = on_main(accelerator, lambda: new_folder(runs, "val", config.save_dir))
     report.open(folder_here(accelerator, folder, place, config.save_dir), config)
 
 
@@ -119,6 +130,8 @@ def validated_with(config: ValConfig, given: frozenset[str]) -> dict[str, Any]:
     kept = typed(ValConfig, {key: value for key, value in trained.items() if key in FROM_CHECKPOINT}, weights)
     if {"data", "split"} & given:
         kept.pop("annotations", None)  # of that data and split
+    if "data" in given:
+        kept.pop("sigmas", None)
     if os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no":  # the launcher was told
         kept.pop("mixed_precision", None)
     elif "mixed_precision" not in given and (lacking := lacks(kept.get("mixed_precision") or "no", device_type())):
@@ -129,38 +142,49 @@ def validated_with(config: ValConfig, given: frozenset[str]) -> dict[str, Any]:
 
 
 def split_to_validate(
-    data: DataFiles, config: ValConfig, accelerator: Accelerator, report: Report, ahead: Check | None
+    data: DataFiles,
+    config: ValConfig,
+    carries: Carries,
+    accelerator: Accelerator,
+    report: Report,
+    ahead: Check | None,
 ) -> tuple[Labels, Truth]:
     """The labels and the truth of the split (collective)."""
     report.watch.begin("reading labels")
-    annotated = read_annotated(config, accelerator)
+    annotated = read_annotated(config, accelerator, carries)
     index = read_index(data, (config.split,), config, accelerator, ahead, report.say, report.reading)
-    labels = val_labels(index[config.split], len(data.names), config)
+    labels = val_labels(index[config.split], len(data.names), config, carries)
     on_main(accelerator, lambda: check_usable(data.name, None, labels, config))
-    truth = read_truth(labels, data.names, config, accelerator, annotated)
+    truth = read_truth(labels, data, config, accelerator, annotated)
     report.watch.end()
     return labels, truth
 
 
 def measure_file(config: ValConfig, accelerator: Accelerator, report: Report, ahead: Check | None) -> None:
     """Measure detections that are already there; no model is needed. The main process alone reads them."""
-    rows = np.zeros((0, 7))
+    here: list[Detections] = []
 
-    def read() -> int:
-        nonlocal rows
-        rows = read_predictions(config.predictions)
-        return len(rows)
+    def read() -> tuple[int, Carries, int]:
+        here.append(read_predictions(config.predictions))
+        if here[0].keypoints is not None:
+            return len(here[0]), "keypoints", here[0].keypoints.shape[1]
+        return len(here[0]), "boxes" if here[0].masks is None else "polygons", 0
 
-    found = on_main(accelerator, read)
+    number, carries, keypoints = on_main(accelerator, read)
+    found = here[0] if here else Detections(np.zeros((0, 7)))
+    task = next(task for task in TASKS.values() if task.carries == carries)
     if config.data:
-        data = once_per_machine(accelerator, lambda: find_data(config.data, config.single_cls, config.classes))
-        _, truth = split_to_validate(data, config, accelerator, report, ahead)
+        data = once_per_machine(accelerator, lambda: find_data(config.data, config.single_cls, config.classes, carries))
+        config = with_sigmas(config, task, data)
+        _, truth = split_to_validate(data, config, carries, accelerator, report, ahead)
     else:
-        truth = read_truth(None, {}, config, accelerator)
-    on_main(accelerator, lambda: check_predictions(config.predictions, rows, truth))
-    open_folder(report, config, accelerator)
-    report.say(f"{found} detections of {config.predictions}")
-    report.evaluation(measure(truth, rows, config, accelerator), truth, config)
+        objects = Objects(names={}, keypoints=(keypoints, 3) if keypoints else ())
+        config = with_sigmas(config, task, objects)
+        truth = read_truth(None, objects, config, accelerator, read_annotated(config, accelerator, carries))
+    on_main(accelerator, lambda: check_predictions(config.predictions, found, truth))
+    open_folder(report, config, task.name, accelerator)
+    report.say(f"{number} detections of {config.predictions}")
+    report.evaluation(measure(truth, found, config, accelerator), truth, config)
     report.say(f"{report.taken()}; results in {report.folder}")
     report.close()
 

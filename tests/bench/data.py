@@ -126,7 +126,7 @@ def job_pipeline(data: str, kept: str, cold: str) -> dict[str, float]:
     for kind in ("none", "ram", "disk"):
         config = TrainConfig(imgsz=640, epochs=1000, cache=None if kind == "none" else kind, index_dir=kept)  # type: ignore[arg-type]
         index = read_index(found, ("train",), config, accelerator)["train"]
-        sets[kind] = TrainSet(train_labels(index, len(found.names), config), found.names, 3, config)
+        sets[kind] = TrainSet(train_labels(index, len(found.names), config), found, config)
         cache_images({"train": sets[kind]}, config, accelerator, lambda line: None, lambda images, _: images)
     rates: dict[str, list[float]] = {}
     for turn in range(2 if cold else 6):

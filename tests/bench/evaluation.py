@@ -82,15 +82,15 @@ def job_metric(evaluator: str) -> dict[str, Any]:
     """From per-rank arrays to twelve numbers."""
     from train.evaluation.coco import coco_metrics
     from train.evaluation.cocofiles import as_truth
-    from train.evaluation.evaluate import _as_rows
+    from train.evaluation.evaluate import as_detections
 
     content, shards = scene()
     truth = as_truth(content)
     categories = np.arange(CLASSES, dtype=np.float64)
-    coco_metrics(as_truth(content | {"annotations": []}), np.zeros((0, 7)), evaluator)  # imports
+    coco_metrics(as_truth(content | {"annotations": []}), as_detections([], categories), evaluator)  # imports
     started = time.perf_counter()
     with Memory() as memory:
-        metrics, _ = coco_metrics(truth, _as_rows(shards, categories), evaluator)
+        metrics, _ = coco_metrics(truth, as_detections(shards, categories), evaluator)
     return {"seconds": time.perf_counter() - started, "bytes": memory.peak, "metrics": metrics}
 
 
@@ -100,7 +100,7 @@ def job_gather() -> dict[str, Any] | None:
 
     from train.evaluation.coco import coco_metrics
     from train.evaluation.cocofiles import as_truth
-    from train.evaluation.evaluate import _as_rows
+    from train.evaluation.evaluate import as_detections
     from train.processes.accelerator import start_processes
     from train.processes.collectives import on_main
 
@@ -109,7 +109,8 @@ def job_gather() -> dict[str, Any] | None:
     truth = as_truth(content)
     shard = shards[accelerator.process_index]
     del shards
-    coco_metrics(as_truth(content | {"annotations": []}), np.zeros((0, 7)))  # imports
+    categories = np.arange(CLASSES, dtype=np.float64)
+    coco_metrics(as_truth(content | {"annotations": []}), as_detections([], categories))  # imports
     seconds = []
     growth = 0
     for _ in range(3):
@@ -117,16 +118,16 @@ def job_gather() -> dict[str, Any] | None:
         started = time.perf_counter()
         with Memory() as memory:
             gathered = accelerator.gather_for_metrics([shard], use_gather_object=True)
-            rows = _as_rows(gathered, np.arange(CLASSES, dtype=np.float64))
+            found = as_detections(gathered, categories)
             del gathered
-            on_main(accelerator, lambda rows=rows: coco_metrics(truth, rows))
+            on_main(accelerator, lambda found=found: coco_metrics(truth, found))
         seconds.append(time.perf_counter() - started)
         growth = max(growth, memory.peak)
     torch.distributed.destroy_process_group()
     return {"seconds": statistics.median(seconds), "bytes": growth} if accelerator.is_main_process else None
 
 
-def job_ultralytics(weights: str, data: str) -> dict[str, Any]:
+def job_ultralytics(weights: str, data: str, save_json: str = "") -> dict[str, Any]:
     """`yolo val`: from the first batch to the metrics, the data set being scanned before."""
     import torch
     from ultralytics import YOLO
@@ -137,7 +138,10 @@ def job_ultralytics(weights: str, data: str) -> dict[str, Any]:
     model, clock = YOLO(weights), {}
     model.add_callback("on_val_start", lambda _: clock.setdefault("start", time.perf_counter()))
     model.add_callback("on_val_end", lambda _: clock.setdefault("end", time.perf_counter()))
-    model.val(data=data, imgsz=320, batch=32, workers=0, plots=False, verbose=False, device="cpu", rect=True)
+    model.val(
+        data=data, imgsz=320, batch=32, workers=0, plots=False, verbose=False, device="cpu", rect=True,
+        save_json=bool(save_json),
+    )  # fmt: skip
     return {"seconds": clock["end"] - clock["start"]}
 
 
@@ -169,8 +173,10 @@ def _launch(ranks: int, command: list[str]) -> str:
     return done.stdout
 
 
-def repeated(data: str, images: int, folder: Path) -> str:
-    """A data YAML over links to the train images of `data`, repeated under other names until there are so many."""
+def repeated(data: str, images: int, folder: Path, names: dict[int, str] | None = None) -> str:
+    """A data YAML over links to the train images of `data`, repeated under other names until there are so many; with
+    `names` their labels are of these classes instead.
+    """
     import yaml
 
     from train.data.files import find_data
@@ -183,11 +189,16 @@ def repeated(data: str, images: int, folder: Path) -> str:
     for i in range(images):
         file, label = Path(files[i % len(files)]), Path(label_file(files[i % len(files)]))
         (folder / "images" / f"{i:06}{file.suffix}").symlink_to(file)
-        if label.exists():
+        if label.exists() and names is None:
             (folder / "labels" / f"{i:06}.txt").symlink_to(label)
-    (folder / "data.yaml").write_text(
-        yaml.safe_dump({"path": str(folder), "train": "images", "val": "images", "names": found.names})
-    )
+        elif label.exists() and names is not None:
+            rows = [row.split(maxsplit=1) for row in label.read_text().splitlines()]
+            rows = [f"{int(category) % len(names)} {rest}\n" for category, rest in rows]
+            (folder / "labels" / f"{i:06}.txt").write_text("".join(rows))
+    about = {"path": str(folder), "train": "images", "val": "images", "names": names or found.names}
+    if found.keypoints:
+        about |= {"kpt_shape": [*found.keypoints], "flip_idx": [*found.flip_idx]}
+    (folder / "data.yaml").write_text(yaml.safe_dump(about))
     return str(folder / "data.yaml")
 
 
@@ -206,11 +217,22 @@ def main() -> None:
     parser.add_argument("--weights", help="a checkpoint for these classes; trained for a few epochs where not given")
     parser.add_argument("--images", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--task", choices=("detect", "segment", "pose"), default="detect")
     parser.add_argument("--job", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.task != "detect":
+        from tests.bench.tasks import measure
+
+        measure(options.task, options.data, options.images, options.rounds)
+        return
     if options.job:
         name, *arguments = options.job
-        result = {"metric": job_metric, "gather": job_gather, "ultralytics": job_ultralytics}[name](*arguments)
+        jobs = {"metric": job_metric, "gather": job_gather, "ultralytics": job_ultralytics}
+        if name == "task-metric":
+            from tests.bench.tasks import job_task_metric as found
+        else:
+            found = jobs[name]
+        result = found(*arguments)
         if result is not None:
             print(json.dumps(result))
         return

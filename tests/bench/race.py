@@ -116,13 +116,20 @@ def ultralytics(
     return run
 
 
-def ours(recipe: dict[str, Any], threads: int | None, *more: str, ranks: int = 1, first: bool = False) -> Run:
+def ours(
+    recipe: dict[str, Any],
+    threads: int | None,
+    *more: str,
+    ranks: int = 1,
+    first: bool = False,
+    script: str = "detect",
+) -> Run:
     """The same with this project."""
     options = ["--no-plots", *more, *(["--workers", str(threads)] if threads else [])]
     plain = {"model": MODEL} | ({} if "--trackers" in more else {"trackers": "none"})
     for name, value in (plain | recipe).items():
         options += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
-    command = [str(ROOT / "train" / "detect.py"), *options]
+    command = [str(ROOT / "train" / f"{script}.py"), *options]
     if ranks > 1:
         kind = "multi_gpu" if GPU else "multi_cpu"
         config = str(ROOT / "accelerate_configs" / f"{kind}.yaml")

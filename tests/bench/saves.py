@@ -19,7 +19,7 @@ from accelerate import Accelerator
 
 from train.config.options import TrainConfig
 from train.model.build import ModelEMA, build_model
-from train.model.loss import build_criterion
+from train.model.tasks import build_criterion
 from train.processes.aside import Aside
 from train.processes.stops import Stop
 from train.training.engine import Progress

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from train.config.errors import InputError
+from train.config.objects import Objects
 from train.config.options import TrainConfig, ValConfig
 from train.config.reading import parse
 from train.model.build import build_model
@@ -81,7 +82,7 @@ def test_validation_goes_by_the_checkpoint_where_the_command_line_says_nothing(t
         data="/data/coco.yaml", imgsz=96, val_batch=7, conf=0.01, rect=False, max_dets=(1, 2, 3), channels_last=True,
         mixed_precision="bf16", classes=(0, 2), annotations="truth.json", val_limit=5, workers=3, plots=False,
     )  # fmt: skip
-    model, _ = build_model(trained, "yolov8n.yaml", {0: "a", 1: "b", 2: "c"}, 3)
+    model, _ = build_model(trained, "yolov8n.yaml", Objects(names={0: "a", 1: "b", 2: "c"}))
     torch.save(as_checkpoint(model, asdict(trained), 0, {}), best)
     config, _ = parse(ValConfig, "", ["--weights", best], validated_with)
     kept = ("data", "imgsz", "val_batch", "conf", "rect", "max_dets", "mixed_precision", "channels_last", "classes")
@@ -128,7 +129,7 @@ def test_a_checkpoint_in_fp16_is_validated_where_there_is_none(tmp_path: Path, m
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     monkeypatch.setenv("HOME", str(tmp_path))
     trained = TrainConfig(mixed_precision="fp16", imgsz=96)
-    model, _ = build_model(trained, "yolov8n.yaml", {0: "a"}, 3)
+    model, _ = build_model(trained, "yolov8n.yaml", Objects(names={0: "a"}))
     torch.save(as_checkpoint(model, asdict(trained), 0, {}), tmp_path / "best.pt")
     config, _ = parse(ValConfig, "", ["--weights", "~/best.pt"], validated_with)
     assert (config.mixed_precision, config.imgsz) == ("auto", 96)

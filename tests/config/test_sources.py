@@ -10,6 +10,7 @@ import torch
 
 from tests.conftest import TINY
 from train.config.errors import InputError
+from train.config.objects import Objects
 from train.config.options import EvalConfig, TrainConfig, ValConfig
 from train.config.reading import parse
 from train.config.sources import FROM_CHECKPOINT, FROM_FILE
@@ -53,7 +54,7 @@ def test_a_run_does_not_vouch_for_itself(tmp_path: Path):
 
 
 def test_a_checkpoint_does_not_choose_where_results_go(tmp_path: Path):
-    model, _ = build_model(TrainConfig(), str(TINY), {0: "a"}, 3)
+    model, _ = build_model(TrainConfig(), str(TINY), Objects(names={0: "a"}))
     theirs = {
         "save_dir": "victim",
         "log_file": "victim",
@@ -68,7 +69,7 @@ def test_a_checkpoint_does_not_choose_where_results_go(tmp_path: Path):
 
 
 def test_a_checkpoint_whose_options_are_nonsense_is_told_by_name(tmp_path: Path):
-    model, _ = build_model(TrainConfig(), str(TINY), {0: "a"}, 3)
+    model, _ = build_model(TrainConfig(), str(TINY), Objects(names={0: "a"}))
     torch.save(as_checkpoint(model, {"imgsz": "big", "max_dets": 5}, 0, {}), tmp_path / "best.pt")
     with pytest.raises(InputError, match=r"best\.pt: imgsz is 'big'; it must be a whole number\.\n.*max_dets is 5"):
         parse(ValConfig, "", ["--weights", str(tmp_path / "best.pt")], validated_with)

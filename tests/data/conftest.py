@@ -8,9 +8,11 @@ import pytest
 from accelerate import Accelerator
 
 from tests.labels import to_validate_on
+from train.config.objects import Carries
 from train.config.options import TrainConfig
 from train.data.files import find_data
 from train.data.labels import Labels
+from train.data.listing import DataFiles
 
 
 @pytest.fixture(scope="module")
@@ -19,10 +21,15 @@ def accelerator() -> Accelerator:
 
 
 def load(yaml: Path, split: str, accelerator: Accelerator) -> tuple[Labels, dict[int, str]]:
-    data = find_data(str(yaml))
-    labels = to_validate_on(data, TrainConfig(split=split), accelerator)
-    assert not labels.faults
+    labels, data = load_of("boxes", yaml, split, accelerator)
     return labels, data.names
+
+
+def load_of(carries: Carries, yaml: Path, split: str, accelerator: Accelerator) -> tuple[Labels, DataFiles]:
+    data = find_data(str(yaml), carries=carries)
+    labels = to_validate_on(data, TrainConfig(split=split), accelerator, carries)
+    assert not labels.faults
+    return labels, data
 
 
 @pytest.fixture

@@ -40,8 +40,8 @@ def sets(yaml: Path, folder: Path, accelerator: Accelerator, **options: Any) -> 
     """The data sets of a training, with their caches."""
     config = TrainConfig(**({"imgsz": 64, "batch": 8, "index_dir": str(folder)} | options))
     data = find_data(str(yaml))
-    train = TrainSet(to_train_on(data, config, accelerator), data.names, 3, config)
-    val = ValSet(to_validate_on(data, config, accelerator), data.names, 3, config.imgsz, 32)
+    train = TrainSet(to_train_on(data, config, accelerator), data, config)
+    val = ValSet(to_validate_on(data, config, accelerator), data, config, 32)
     said.clear()
     cache_images({"train": train, "val": val}, config, accelerator, said.append, lambda images, _: images)
     return {"train": train, "val": val}
@@ -207,7 +207,7 @@ room.SHARED = Path(sys.argv[2])
 config = TrainConfig(imgsz=64, cache="ram", index_dir=sys.argv[3])
 data, accelerator = find_data(sys.argv[1]), Accelerator(cpu=True)
 index = scan.read_index(data, ("train",), config, accelerator)["train"]
-train = sets.TrainSet(labels.train_labels(index, 2, config), data.names, 3, config)
+train = sets.TrainSet(labels.train_labels(index, 2, config), data, config)
 whole = train.decode
 def decode(i):
     if i == 3 and sys.argv[4] == "building":

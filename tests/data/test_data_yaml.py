@@ -65,6 +65,14 @@ def test_class_names_are_what_is_written(tmp_path: Path):
         ("names: [a]\ntest: 5", "`test` is 5; it must be a folder"),
         ("names: [a]\ntest: [x, 5]", "`test` is"),
         ("names: [a]\nbackbone: []\nhead: []", "is the YAML of a model; that is --model"),
+        ("names: [a]\nkpt_shape: [17]", r"says kpt_shape: a list of 1; it must be the number of keypoints and 2 or 3"),
+        ("names: [a]\nkpt_shape: [3, 4]", "says kpt_shape"),
+        ("names: [a]\nkpt_shape: [3, 2]\nflip_idx: [0, 1]", "says flip_idx: a list of 2; it must be the 3 keypoints"),
+        ("names: [a]\nkpt_shape: [3, 2]\nflip_idx: [1, 2, 0]", "flip_idx.* two that change places.*name each other"),
+        ("names: [a]\nkpt_shape: [3, 2]\nflip_idx: [0, 1, 9]", "says flip_idx"),
+        ("names: [a]\nkpt_shape: [2, 3]\nkpt_oks_sigmas: [0.1]", "says kpt_oks_sigmas: a list of 1; it must be 2 numb"),
+        ("names: [a]\nkpt_shape: [2, 3]\nkpt_oks_sigmas: [0.1, 0]", "it must be 2 numbers above 0"),
+        ("names: [a]\nkpt_shape: [2, 3]\nkpt_names: [nose]", "says kpt_names: a list of 1; it must be 2 names"),
         ("names: [a\n", "is not YAML that can be read"),
         ("--- {}\n--- {}", "is not YAML that can be read"),
     ],
@@ -76,6 +84,15 @@ def test_what_is_refused_says_where_and_how_to_mend_it(tmp_path: Path, names: st
     with pytest.raises(InputError, match=message) as error:
         read(tmp_path, f"{SPLITS}{names}\n")
     assert str(error.value).isprintable()
+
+
+def test_what_is_said_of_keypoints(tmp_path: Path):
+    said = read(tmp_path, SPLITS + "names: [a]\nkpt_shape: [3, 3]\nflip_idx: [0, 2, 1]\nkpt_names: {0: [nose, l, r]}\n")
+    assert (said.keypoints, said.flip_idx, said.sigmas) == ((3, 3), (0, 2, 1), ())
+    assert said.keypoint_names == ("nose", "l", "r")
+    more = read(tmp_path, SPLITS + "names: [a]\nkpt_shape: [2, 2]\nkpt_oks_sigmas: [1, 0.5]\n")
+    assert (more.sigmas, more.keypoint_names) == ((1.0, 0.5), ("0", "1"))
+    assert read(tmp_path, SPLITS + "names: [a]\nflip_idx: [5]\n").keypoints == ()
 
 
 def test_names_as_json_writes_them(tmp_path: Path):

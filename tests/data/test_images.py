@@ -16,6 +16,7 @@ from ultralytics.utils.patches import imread
 from tests.data.conftest import load
 from tests.labels import labels_of
 from train.config.errors import InputError
+from train.config.objects import Objects
 from train.config.options import TrainConfig
 from train.data import formats, sets
 from train.data.files import find_data
@@ -97,7 +98,7 @@ def test_the_scan_says_what_the_loader_will_say(name: str, tmp_path: Path):
     found = read_image(str(file), str(tmp_path / "none.txt"), 0, 3)
     assert isinstance(found, str) == (name in REFUSED), found
     if isinstance(found, ImageLabels):
-        TrainSet(labels_of([found]), {0: "a"}, 3, TrainConfig(imgsz=64)).load_image(0)
+        TrainSet(labels_of([found]), Objects(names={0: "a"}), TrainConfig(imgsz=64)).load_image(0)
     elif name not in ("html.jpg", "lfs.jpg", "empty.jpg", "headless.jpg"):  # these no decoder takes anyway
         assert str(file) in found
 
@@ -165,7 +166,7 @@ def test_an_image_that_breaks_later_is_tried_again_and_then_named(shapes: Path, 
     file = tmp_path / "later.jpg"
     content = Path(labels[0].im_file).read_bytes()
     labels = labels_of([replace(labels[0], im_file=str(file))])
-    images = TrainSet(labels, names, 3, TrainConfig(imgsz=64))
+    images = TrainSet(labels, Objects(names=names), TrainConfig(imgsz=64))
     slept: list[float] = []
 
     def sleep(seconds: float) -> None:
@@ -177,7 +178,7 @@ def test_an_image_that_breaks_later_is_tried_again_and_then_named(shapes: Path, 
     assert images.load_image(0)[0].shape == (*labels[0].shape, 3) or images.load_image(0)[0].size
     assert slept == [0.1, 1.0]
     file.write_bytes(b"broken")
-    images = TrainSet(labels, names, 3, TrainConfig(imgsz=64))
+    images = TrainSet(labels, Objects(names=names), TrainConfig(imgsz=64))
     with pytest.raises(InputError, match=rf"{file} can no longer be read.*--resume"):
         images.load_image(0)
 
@@ -225,7 +226,7 @@ def test_what_people_name_instead_of_a_data_yaml(
 def test_images_of_other_channels_than_the_yaml_says_are_named(shapes: Path, accelerator):
     labels, names = load(shapes, "train", accelerator)
     with pytest.raises(InputError, match=rf"{labels[0].im_file} has 3 channels, but the data YAML says channels: 4"):
-        TrainSet(labels, names, 4, TrainConfig(imgsz=64)).load_image(0)
+        TrainSet(labels, Objects(names=names, channels=4), TrainConfig(imgsz=64)).load_image(0)
 
 
 def test_classes_that_the_data_set_lacks(shapes: Path):

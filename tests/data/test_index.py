@@ -17,6 +17,7 @@ from tests.conftest import ROOT
 from train.config.errors import InputError
 from train.config.options import EvalConfig
 from train.data import arrays, scan
+from train.data.check import ENDING
 from train.data.files import find_data
 from train.data.index import Index, open_index
 from train.data.scan import read_index
@@ -159,7 +160,7 @@ def test_where_it_cannot_be_kept_the_run_goes_on(reader: Reader, tmp_path: Path,
     assert "--index-dir names another place" in reader.said[1]
 
     def full(path: Path, *rest: object) -> None:
-        if path.suffix == ".labels1":  # the parts that the ranks have read fit
+        if path.suffix == ENDING:  # the parts that the ranks have read fit
             raise OSError(28, "No space left on device")
         arrays.write_arrays(path, *rest)  # type: ignore[arg-type]
 
@@ -206,6 +207,7 @@ import sys
 import torch
 from accelerate import Accelerator
 from train.config.options import EvalConfig
+from train.data.check import ENDING
 from train.data.files import find_data
 from train.data.scan import read_index
 read_index(find_data(sys.argv[1]), ("train",), EvalConfig(index_dir=sys.argv[2]), Accelerator(cpu=True), say=print)

@@ -151,6 +151,42 @@ def test_polygons_and_keypoints_are_kept(tmp_path: Path, accelerator: Accelerato
         assert len(only.cls) == len(only.segments) + len(only.keypoints) == (kind == "polygons")
 
 
+@pytest.mark.parametrize(
+    ("row", "shape", "reason"),
+    [
+        ("0.5 0.5 3", (1, 3), "line 1 has a keypoint of visibility 3; it must be 0, 1 or 2"),
+        ("0.5 0.5 0.5", (1, 3), "line 1 has a keypoint of visibility 0.5"),
+        ("1.5 0.5 1", (1, 3), "line 1 has a coordinate outside 0 to 1"),
+        ("0.5 -0.2 2", (1, 3), "line 1 has a coordinate outside 0 to 1"),
+        ("1.5 0.5", (1, 2), "line 1 has a coordinate outside 0 to 1"),
+        ("7 -3 0", (1, 3), ""),  # not visible: anywhere
+        ("-1 -1", (1, 2), ""),  # of two dimensions: not there
+    ],
+)
+def test_keypoints_are_within_the_image_where_they_are_visible(row: str, shape: tuple[int, int], reason: str):
+    text = f"0 0.5 0.5 0.2 0.2 {row}"
+    if reason:
+        with pytest.raises(ValueError, match=reason):
+            read_label(text, 1, shape)
+    else:
+        assert len(read_label(text, 1, shape)[2]) == 1
+
+
+def test_images_with_boxes_alone_are_none_of_polygons(tmp_path: Path, accelerator: Accelerator):
+    for part in ("images", "labels"):
+        (tmp_path / "mixed" / part).mkdir(parents=True)
+    rows = {"a": "0 0.5 0.5 0.2 0.2\n", "b": "0 0.1 0.1 0.4 0.1 0.4 0.3\n", "c": ""}
+    for name, text in rows.items():
+        cv2.imwrite(str(tmp_path / "mixed" / "images" / f"{name}.png"), np.full((40, 60, 3), 127, np.uint8))
+        (tmp_path / "mixed" / "labels" / f"{name}.txt").write_text(text)
+    data = data_of(tmp_path / "mixed", "[a]")
+    assert len(to_train_on(data, TrainConfig(), accelerator)) == 3
+    labels = to_train_on(data, TrainConfig(), accelerator, "polygons")
+    assert [Path(entry.im_file).stem for entry in labels] == ["b", "c"]
+    (fault,) = labels.faults
+    assert fault == f"{tmp_path}/mixed/labels/a.txt: boxes, without polygons; train/detect.py trains on boxes"
+
+
 def test_a_key_point_more_or_less_is_named():
     with pytest.raises(ValueError, match=r"line 1 has 8 columns; a box with its keypoints \(kpt_shape\) has 11"):
         read_label("0 0.5 0.5 0.2 0.2 0.5 0.5 1", 1, (2, 3))

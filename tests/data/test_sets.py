@@ -17,10 +17,11 @@ from ultralytics.data.dataset import YOLODataset
 
 from tests.data.conftest import load
 from tests.labels import labels_of
-from train.config.options import Augmentation, TrainConfig
+from train.config.objects import Objects
+from train.config.options import Augmentation, TrainConfig, ValConfig
 from train.data.formats import read_image
 from train.data.loaders import Positions, train_loader, val_loader
-from train.data.sets import GROUP, TrainSet, ValSet, augmentation
+from train.data.sets import GROUP, TrainSet, ValSet, hyperparameters
 
 
 # Training
@@ -28,7 +29,7 @@ from train.data.sets import GROUP, TrainSet, ValSet, augmentation
 def train_set(shapes: Path, accelerator: Accelerator) -> TrainSet:
     labels, names = load(shapes, "train", accelerator)
     config = TrainConfig(imgsz=64, batch=16, epochs=3, close_mosaic=1, mixup=0.3, cutmix=0.3, seed=5)
-    return TrainSet(labels, names, 3, config)
+    return TrainSet(labels, Objects(names=names), config)
 
 
 def same(a: dict, b: dict) -> bool:
@@ -41,7 +42,7 @@ def test_a_sample_follows_from_seed_epoch_and_position_alone(train_set: TrainSet
     np.random.seed(99)
     torch.manual_seed(99)
     labels, names = load(shapes, "train", accelerator)
-    other = TrainSet(labels, names, 3, train_set.config)
+    other = TrainSet(labels, Objects(names=names), train_set.config)
     backwards = {
         p: other.__getitems__([(1, 3, False), (0, p, False)])[1] for p in reversed(range(16))
     }  # other neighbours, order
@@ -57,7 +58,7 @@ def test_every_image_once_an_epoch_and_another_order_in_each(train_set: TrainSet
 
 def test_a_set_smaller_than_the_batch_is_repeated(shapes: Path, accelerator: Accelerator):
     labels, names = load(shapes, "train", accelerator)
-    small = TrainSet(labels_of(labels[:3]), names, 3, TrainConfig(imgsz=64, batch=8))
+    small = TrainSet(labels_of(labels[:3]), Objects(names=names), TrainConfig(imgsz=64, batch=8))
     order = small.order(0)
     assert len(order) == 8
     assert set(order.tolist()) == {0, 1, 2}
@@ -78,7 +79,7 @@ def test_mosaic_partners_come_from_the_aligned_group(train_set: TrainSet):
 
 def test_every_augmentation_option_reaches_ultralytics():
     changed = {"copy_paste_mode": "mixup", "degrees": 7.0, "bgr": 0.5, "cutmix": 0.25}
-    hyp = augmentation(TrainConfig(**changed))
+    hyp = hyperparameters(TrainConfig(**changed))
     for field in fields(Augmentation):
         assert getattr(hyp, field.name) == changed.get(field.name, field.default)
 
@@ -109,8 +110,8 @@ def test_workers_are_there_from_the_start_and_stay(train_set: TrainSet, shapes: 
     others = workers()
     config = TrainConfig(imgsz=64, batch=8, epochs=3, workers=1, val_batch=8)
     labels, names = load(shapes, "val", accelerator)
-    train, positions = train_loader(TrainSet(train_set.scanned, names, 3, config), 5, accelerator)
-    val = val_loader(ValSet(labels, names, 3, 64, 32, True), config, accelerator)
+    train, positions = train_loader(TrainSet(train_set.scanned, Objects(names=names), config), 5, accelerator)
+    val = val_loader(ValSet(labels, Objects(names=names), config, 32), config, accelerator)
     started = workers() - others
     assert len(started) == 2  # a fork of a rank that has trained would copy all of its memory
     for epoch in range(2):
@@ -134,7 +135,9 @@ def test_workers_are_there_from_the_start_and_stay(train_set: TrainSet, shapes: 
 
 def test_rect_batches_have_one_shape_and_little_padding(shapes: Path, accelerator: Accelerator):
     labels, names = load(shapes, "train", accelerator)
-    dataset = TrainSet(labels, names, 3, TrainConfig(imgsz=160, batch=8, rect=True, epochs=3, close_mosaic=0))
+    dataset = TrainSet(
+        labels, Objects(names=names), TrainConfig(imgsz=160, batch=8, rect=True, epochs=3, close_mosaic=0)
+    )
     shapes_seen = set()
     for epoch in range(2):
         order = dataset.order(epoch)
@@ -154,7 +157,7 @@ def test_images_of_a_user_are_not_touched(shapes: Path, tmp_path: Path, accelera
     (tmp_path / "a.jpg").write_bytes(source.read_bytes())
     (tmp_path / "a.npy").write_bytes(b"not for Ultralytics to load, rewrite or remove")
     labels = labels_of([read_image(str(tmp_path / "a.jpg"), str(tmp_path / "a.txt"), 0, 1)])
-    TrainSet(labels, {0: "a"}, 3, TrainConfig(imgsz=64, batch=1))[(0, 0, False)]
+    TrainSet(labels, Objects(names={0: "a"}), TrainConfig(imgsz=64, batch=1))[(0, 0, False)]
     assert (tmp_path / "a.npy").read_bytes().startswith(b"not for Ultralytics")
 
 
@@ -177,7 +180,7 @@ def test_albumentations_are_seeded_by_the_sample(train_set: TrainSet, monkeypatc
 # Validation
 def test_validation_shapes_are_ultralytics_at_batch_1(shapes: Path, accelerator: Accelerator):
     labels, names = load(shapes, "val", accelerator)
-    dataset = ValSet(labels, names, 3, imgsz=128, stride=32)
+    dataset = ValSet(labels, Objects(names=names), ValConfig(imgsz=128), stride=32)
     theirs = YOLODataset(
         str(shapes.parent / "images" / "val"), data={"names": names}, augment=False, hyp=get_cfg(), imgsz=128,
         rect=True, batch_size=1, stride=32, pad=0.5,

@@ -11,11 +11,14 @@ import torch
 from accelerate import Accelerator
 from ultralytics.data.augment import Compose
 
-from tests.data.conftest import load
+from tests.data.conftest import load, load_of
 from tests.labels import labels_of
+from train.config.objects import Objects
 from train.config.options import TrainConfig
+from train.config.task_options import PoseConfig, SegmentConfig
 from train.data import sets, transforms
 from train.data.sets import TrainSet
+from train.model.tasks import TASKS
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -56,9 +59,9 @@ def test_the_bytes_are_those_of_ultralytics_own(name: str, shapes: Path, acceler
         for one in labels
     ]
     config = TrainConfig(imgsz=96, batch=16, epochs=2, close_mosaic=1, seed=3, **OPTIONS[name])
-    fast = TrainSet(labels_of(outlined), names, 3, config)
+    fast = TrainSet(labels_of(outlined), Objects(names=names), config)
     monkeypatch.setattr(sets, "faster", lambda transforms: transforms)
-    slow = Slow(labels_of(outlined), names, 3, config)
+    slow = Slow(labels_of(outlined), Objects(names=names), config)
     assert classes(fast.transforms) >= set(transforms.FASTER.values())
     assert not classes(slow.transforms) & set(transforms.FASTER.values())
     for epoch, closed in ((0, False), (1, True)):
@@ -68,6 +71,30 @@ def test_the_bytes_are_those_of_ultralytics_own(name: str, shapes: Path, acceler
                 for part in ("img", "cls", "bboxes"):
                     assert torch.equal(one[part], other[part]), (epoch, one["im_file"], part)
                 assert one["img"].is_contiguous()
+
+
+@pytest.mark.parametrize("name", ["default", "geometry", "mixed", "copied", "no mosaic"])
+@pytest.mark.parametrize("kind", [SegmentConfig, PoseConfig])
+def test_masks_and_keypoints_are_those_of_ultralytics_own(name: str, kind: Any, drawn, accelerator, monkeypatch):
+    task = TASKS[kind.task]
+    labels, data = load_of(task.carries, drawn[task.name], "train", accelerator)
+    overlap = {"overlap_mask": name != "mixed"} if task.name == "segment" else {}
+    config = kind(imgsz=96, batch=16, epochs=2, close_mosaic=1, seed=3, **overlap, **OPTIONS[name])
+    fast = TrainSet(labels, data, config)
+    monkeypatch.setattr(sets, "faster", lambda transforms: transforms)
+    slow = Slow(labels, data, config)
+    parts = ("img", "cls", "bboxes", *(("masks", "sem_masks") if task.name == "segment" else ("keypoints",)))
+    seen = 0.0
+    for one, other in zip(
+        fast.__getitems__([(0, position, False) for position in range(16)]),
+        slow.__getitems__([(0, position, False) for position in range(16)]),
+        strict=True,
+    ):
+        assert all(torch.equal(one[part], other[part]) for part in parts), one["im_file"]
+        seen += one[parts[3]].float().sum().item()
+        if "keypoints" in one or not config.overlap_mask:
+            assert len(one["cls"]) == len(one[parts[3]])
+    assert seen > 0
 
 
 @pytest.mark.parametrize("channels", [1, 4])
@@ -83,9 +110,9 @@ def test_images_of_other_channels(channels: int, tmp_path: Path, accelerator: Ac
     )
     labels, names = load(tmp_path / "grey.yaml", "train", accelerator)
     config = TrainConfig(imgsz=64, batch=16, epochs=2, seed=3)
-    fast = TrainSet(labels, names, channels, config)
+    fast = TrainSet(labels, Objects(names=names, channels=channels), config)
     monkeypatch.setattr(sets, "faster", lambda transforms: transforms)
-    slow = Slow(labels, names, channels, config)
+    slow = Slow(labels, Objects(names=names, channels=channels), config)
     keys = [(0, position, False) for position in range(16)]
     for one, other in zip(fast.__getitems__(keys), slow.__getitems__(keys), strict=True):
         assert one["img"].shape == (channels, 64, 64)
@@ -96,7 +123,7 @@ def test_images_of_other_channels(channels: int, tmp_path: Path, accelerator: Ac
 def test_no_transform_writes_into_an_image_that_others_use(shapes: Path, accelerator: Accelerator):
     labels, names = load(shapes, "train", accelerator)
     for options in OPTIONS.values():
-        images = TrainSet(labels, names, 3, TrainConfig(imgsz=96, batch=16, epochs=2, **options))
+        images = TrainSet(labels, Objects(names=names), TrainConfig(imgsz=96, batch=16, epochs=2, **options))
         images.__getitems__([(0, position, False) for position in range(16)])
         for i, (image, *_) in images._decoded.items():
             assert np.array_equal(image, images.decode(i)[0])

@@ -14,12 +14,13 @@ from tests.labels import labels_of
 from train.data.formats import ImageLabels
 from train.evaluation.coco import coco_metrics, diagnose, metric_names
 from train.evaluation.cocofiles import as_truth
+from train.evaluation.detections import Detections
 from train.evaluation.evaluate import _check_ids, _mean_losses
 from train.evaluation.truth import Truth
 from train.reporting.plots import worst_first
 
 
-def scene(images: int, classes: int, seed: int = 0) -> tuple[Truth, np.ndarray]:
+def scene(images: int, classes: int, seed: int = 0) -> tuple[Truth, Detections]:
     """Truth and detections that hit, miss, repeat and tie."""
     rng = np.random.default_rng(seed)
     labels, rows = [], []
@@ -36,7 +37,7 @@ def scene(images: int, classes: int, seed: int = 0) -> tuple[Truth, np.ndarray]:
         for _ in range(int(rng.integers(0, 4))):
             rows.append([3 * image, *rng.uniform(1, 200, 4), round(rng.random(), 1), int(rng.integers(0, classes))])
     truth = Truth.of_labels(labels_of(labels), {i: f"c{i}" for i in range(classes)})
-    return truth, np.array(rows, dtype=np.float64)
+    return truth, Detections(np.array(rows, dtype=np.float64))
 
 
 def one_box_each(images: int) -> list[ImageLabels]:
@@ -72,7 +73,7 @@ def test_the_twelve_numbers_are_the_evaluators_own():
     coco = COCO()
     coco.dataset = truth.dataset()
     coco.createIndex()
-    result = COCOeval(coco, coco.loadRes(rows), "bbox")
+    result = COCOeval(coco, coco.loadRes(rows.rows), "bbox")
     result.evaluate()
     result.accumulate()
     result.summarize()
@@ -91,7 +92,7 @@ def test_other_numbers_of_detections():
 def test_no_detections_no_truth_and_a_class_that_never_occurs():
     truth, rows = scene(10, 2)
     truth.categories.append({"id": 2, "name": "never"})
-    nothing = np.zeros((0, 7))
+    nothing = Detections(np.zeros((0, 7)))
     empty = as_truth(truth.dataset() | {"annotations": []})
     for evaluator in ("hotcoco", "pycocotools"):
         missed, _ = coco_metrics(truth, nothing, evaluator)
@@ -118,7 +119,7 @@ def test_precision_recall_and_f1_at_the_best_confidence():
     truth = Truth.of_labels(labels_of(labels), {0: "a"})
     rows = [[i, 30, 30, 40, 40, 0.9 - 0.05 * i, 0] for i in range(8)]
     rows += [[8, 0, 0, 5, 5, 0.72, 0], [9, 0, 0, 5, 5, 0.1, 0]]
-    metrics, curves = coco_metrics(truth, np.array(rows, dtype=float))
+    metrics, curves = coco_metrics(truth, Detections(np.array(rows, dtype=float)))
     assert metrics["R"] == pytest.approx(0.8)
     assert metrics["P"] == pytest.approx(8 / 9)
     assert metrics["F1"] == pytest.approx(2 * (8 / 9) * 0.8 / (8 / 9 + 0.8))
@@ -132,7 +133,7 @@ def test_what_goes_wrong_is_told_by_kind_and_image():
     labels = one_box_each(3)
     truth = Truth.of_labels(labels_of(labels), {0: "a", 1: "b"})
     rows = np.array([[0, 30, 30, 40, 40, 0.9, 0], [1, 30, 30, 40, 40, 0.8, 1], [2, 0, 0, 9, 9, 0.7, 0]], dtype=float)
-    diagnosis = diagnose(truth, rows)
+    diagnosis = diagnose(truth, Detections(rows))
     assert diagnosis["confusion"].tolist() == [[1, 1, 1], [0, 0, 0], [1, 0, 0]]
     assert [diagnosis["images"][i]["tp"] for i in range(3)] == [1, 0, 0]
     assert diagnosis["tide"]["Cls"] > 0
@@ -158,13 +159,14 @@ def test_missing_and_repeated_images_are_an_error_with_their_ids():
 def test_pycocotools_is_a_path_of_its_own(tmp_path: Path):
     truth, rows = scene(8, 2)
     (tmp_path / "truth.json").write_text(json.dumps(truth.dataset()))
-    np.save(tmp_path / "rows.npy", rows)
+    np.save(tmp_path / "rows.npy", rows.rows)
     code = (
         "import sys; sys.modules['hotcoco'] = None\n"
         "import json, numpy\nfrom train.evaluation.coco import coco_metrics\n"
         "from train.evaluation.cocofiles import read_annotations\n"
+        "from train.evaluation.detections import Detections\n"
         f"truth = read_annotations({str(tmp_path / 'truth.json')!r})\n"
-        f"rows = numpy.load({str(tmp_path / 'rows.npy')!r})\n"
+        f"rows = Detections(numpy.load({str(tmp_path / 'rows.npy')!r}))\n"
         "print(coco_metrics(truth, rows, 'pycocotools')[0]['AP'])\n"
         "try: coco_metrics(truth, rows)\nexcept ValueError as error: print(error)"
     )

@@ -208,9 +208,8 @@ def evaluated(weights: Path, data: str, **options) -> Evaluation:
     model, _ = load_detector(config.weights)
     files = find_data(config.data)
     labels = to_validate_on(files, config, accelerator)
-    truth = read_truth(labels, files.names, config, accelerator)
-    val_set = ValSet(labels, files.names, 3, config.imgsz, 32, config.rect is not False)
-    loader = val_loader(val_set, config, accelerator)
+    truth = read_truth(labels, files, config, accelerator)
+    loader = val_loader(ValSet(labels, files, config, 32), config, accelerator)
     return evaluate(inference_copy(model, accelerator.device, config.memory_format), loader, truth, config, accelerator)
 
 
@@ -230,7 +229,7 @@ def test_the_validation_batch_moves_no_detection(trained: Path):
 
 def _by_image(evaluation: Evaluation) -> list[np.ndarray]:
     ids = np.arange(evaluation.images)
-    return [evaluation.detections[evaluation.detections[:, 0] == id_] for id_ in ids]
+    return [evaluation.detections.between(id_, id_).rows for id_ in ids]
 
 
 def _unmatched(a: np.ndarray, b: np.ndarray) -> int:
@@ -264,7 +263,7 @@ def test_detections_are_those_of_ultralytics_validator_at_batch_one(trained: Pat
     ours = evaluated(trained / "weights" / "best.pt", data, val_batch=1)
     assert len(theirs) == ours.images
     for id_, expected in theirs.items():
-        rows = ours.detections[ours.detections[:, 0] == id_]
+        rows = ours.detections.between(id_, id_).rows
         assert len(rows) == len(expected)
         boxes = np.concatenate([rows[:, 1:3], rows[:, 1:3] + rows[:, 3:5]], 1)
         partner = (  # not by position: scores of 1e-5 apart change places

@@ -10,22 +10,25 @@ from accelerate import Accelerator
 from tests.evaluation.test_coco import scene
 from tests.labels import labels_of
 from train.config.errors import InputError
+from train.config.objects import Objects
 from train.config.options import EvalConfig
 from train.data.formats import ImageLabels
 from train.evaluation.coco import coco_metrics
-from train.evaluation.cocofiles import check_predictions, read_predictions, read_truth
+from train.evaluation.cocofiles import check_predictions, read_annotated, read_predictions, read_truth
 from train.evaluation.truth import Truth
 
 
 def test_a_results_file_is_read_and_checked(tmp_path: Path):
     truth, rows = scene(5, 2)
-    content = [{"image_id": int(r[0]), "bbox": list(r[1:5]), "score": r[5], "category_id": int(r[6])} for r in rows]
+    content = [
+        {"image_id": int(r[0]), "bbox": list(r[1:5]), "score": r[5], "category_id": int(r[6])} for r in rows.rows
+    ]
     file = tmp_path / "p.json"
     file.write_text(json.dumps(content[::-1]))
     read = read_predictions(str(file))
     check_predictions(str(file), read, truth)
     assert coco_metrics(truth, read)[0]["AR100"] == coco_metrics(truth, rows)[0]["AR100"]
-    assert (np.diff(read[:, 0]) >= 0).all()
+    assert (np.diff(read.rows[:, 0]) >= 0).all()
     for wrong, message in (
         ([content[0] | {"image_id": 7777}], "names image ids that the data set does not have, 1 of them: 7777"),
         ([content[0] | {"category_id": 5}], "names category ids that the data set does not have, 1 of them: 5"),
@@ -38,7 +41,7 @@ def test_a_results_file_is_read_and_checked(tmp_path: Path):
         with pytest.raises(InputError, match=message):
             check_predictions(str(file), read_predictions(str(file)), truth)
     file.write_text("[]")
-    assert read_predictions(str(file)).shape == (0, 7)
+    assert read_predictions(str(file)).rows.shape == (0, 7)
 
 
 def test_ground_truth_is_in_original_pixels():
@@ -63,7 +66,9 @@ def test_an_annotation_file_is_checked_and_matched_by_folder(tmp_path: Path):
 
     def read(**changes: list) -> Truth:
         Path(config.annotations).write_text(json.dumps(content | changes))
-        return read_truth(labels, {0: "a"}, config, Accelerator(cpu=True))
+        accelerator = Accelerator(cpu=True)
+        annotated = read_annotated(config, accelerator)
+        return read_truth(labels, Objects(names={0: "a"}), config, accelerator, annotated)
 
     truth = read()
     assert [entry.image_id for entry in labels] == [11, 12]

@@ -13,9 +13,11 @@ from ultralytics.utils import ROOT
 
 from tests.conftest import TINY
 from train.config.errors import InputError
+from train.config.objects import Objects
 from train.config.options import TrainConfig
 from train.model.architecture import LAYERS, build_detector, check_architecture, read_architecture
 from train.model.build import build_model
+from train.model.tasks import TASKS
 from train.model.weights import as_checkpoint, fetch_weights, load_detector
 
 DETECTORS = sorted(
@@ -66,7 +68,7 @@ def test_files_that_are_no_models(tmp_path: Path):
     for name, (text, message) in cases.items():
         (tmp_path / name).write_text(text)
         with pytest.raises(InputError, match=message):
-            build_model(TrainConfig(model=str(tmp_path / name)), str(tmp_path / name), {0: "a"}, 3)
+            build_model(TrainConfig(model=str(tmp_path / name)), str(tmp_path / name), Objects(names={0: "a"}))
     (tmp_path / "folder.yaml").mkdir()
     with pytest.raises(InputError, match="is not a file"):
         read_architecture(str(tmp_path / "folder.yaml"))
@@ -78,7 +80,7 @@ def test_layers_that_do_not_fit_each_other_are_an_input_error():
     content = deepcopy(yaml_model_load(str(TINY)))
     content["head"][-1][0] = [1, 2, 99]
     with pytest.raises(InputError, match="--model x cannot be built: "):
-        build_detector(content, 3, 2, "--model x")
+        build_detector(content, TASKS["detect"], Objects(names={0: "a", 1: "b"}), "--model x")
 
 
 @pytest.mark.parametrize(
@@ -120,7 +122,7 @@ def test_trust_is_offered_only_where_it_would_help(tmp_path: Path):
         with pytest.raises(InputError, match=r"it holds '(posix|os)\.system', of neither.*--trust-checkpoint") as error:
             load_detector(str(tmp_path / name))
         assert "yolo" not in str(error.value).lower()  # nothing of Ultralytics' own hints
-    good, _ = build_model(TrainConfig(), str(TINY), {0: "a"}, 3)
+    good, _ = build_model(TrainConfig(), str(TINY), Objects(names={0: "a"}))
     torch.save(as_checkpoint(good, {}, 0, {}), tmp_path / "good.pt")
     data = (tmp_path / "good.pt").read_bytes()
     with zipfile.ZipFile(tmp_path / "zip.pt", "w") as archive:
@@ -142,8 +144,8 @@ def test_trust_is_offered_only_where_it_would_help(tmp_path: Path):
 
 
 def test_a_checkpoints_own_description_is_held_to_the_same_layers(tmp_path: Path):
-    model, _ = build_model(TrainConfig(), str(TINY), {0: "a"}, 3)
+    model, _ = build_model(TrainConfig(), str(TINY), Objects(names={0: "a"}))
     model.yaml["backbone"][0] = [-1, 1, "TorchVision", [16, "resnet18", "DEFAULT"]]
     torch.save(as_checkpoint(model, {}, 0, {}), tmp_path / "tv.pt")
     with pytest.raises(InputError, match="layer 0 is 'TorchVision'"):
-        build_model(TrainConfig(model="tv.pt"), str(tmp_path / "tv.pt"), {0: "a"}, 3)
+        build_model(TrainConfig(model="tv.pt"), str(tmp_path / "tv.pt"), Objects(names={0: "a"}))

@@ -7,6 +7,7 @@ from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils.nms import non_max_suppression
 
 from train.config.errors import InputError
+from train.config.objects import Objects
 from train.config.options import TrainConfig
 from train.model import weights as weights_file
 from train.model.build import (
@@ -19,7 +20,8 @@ from train.model.build import (
     set_end2end,
 )
 from train.model.inference import detect, inference_copy
-from train.model.loss import build_criterion, end_of_epoch
+from train.model.loss import end_of_epoch
+from train.model.tasks import TASKS, build_criterion
 from train.model.weights import as_checkpoint, fetch_weights, load_detector
 
 CPU = torch.device("cpu")
@@ -28,7 +30,7 @@ NAMES = {0: "circle", 1: "square", 2: "triangle"}
 
 def build(model: str, names: dict[int, str] = NAMES) -> DetectionModel:
     torch.manual_seed(0)
-    return build_model(TrainConfig(model=model), fetch_weights(model), names, 3)[0]
+    return build_model(TrainConfig(model=model), fetch_weights(model), Objects(names=names))[0]
 
 
 @pytest.mark.parametrize("name", ["yolov8n.yaml", "yolo26n.yaml", "yolov10n.yaml", "yolov5n.yaml", "yolo11n.yaml"])
@@ -79,13 +81,15 @@ def test_head_rows_follow_the_class_names(tmp_path: Path):
     source = build("yolov8n.yaml")
     torch.save(as_checkpoint(source, {}, 0, {}), tmp_path / "source.pt")
     names = {0: "triangle", 1: "hexagon", 2: "circle"}
-    model, origin = build_model(TrainConfig(model="source.pt"), str(tmp_path / "source.pt"), names, 3)
+    model, origin = build_model(TrainConfig(model="source.pt"), str(tmp_path / "source.pt"), Objects(names=names))
     mine, theirs = model.model[-1].cv3[0][-1], source.model[-1].cv3[0][-1]
     assert torch.equal(mine.weight[0], theirs.weight[2])
     assert torch.equal(mine.weight[2], theirs.weight[0])
     total = len(model.state_dict())
     assert origin == f"{total} of {total} tensors from source.pt"
-    other, origin = build_model(TrainConfig(model="source.pt"), str(tmp_path / "source.pt"), {0: "hexagon"}, 3)
+    other, origin = build_model(
+        TrainConfig(model="source.pt"), str(tmp_path / "source.pt"), Objects(names={0: "hexagon"})
+    )
     heads = 2 * len(other.model[-1].cv3)  # weight and bias of the class convolutions, of another size
     assert origin == f"{total - heads} of {total} tensors from source.pt"
 
@@ -164,8 +168,13 @@ def test_official_weights_are_fetched_by_ultralytics_and_their_absence_is_one_er
 
 
 def test_other_tasks_are_refused():
-    for name in ("yolov8n-seg.yaml", "yolov8n-pose.yaml", "rtdetr-l.yaml"):
-        with pytest.raises(InputError, match="for YOLO detection models"):
+    for name, message in (
+        ("yolov8n-seg.yaml", r"Segment head, of a segment model; train/segment\.py"),
+        ("yolo26n-pose.yaml", r"Pose26 head, of a pose model; train/pose\.py"),
+        ("rtdetr-l.yaml", "for YOLO detect, segment and pose models"),
+        ("yolov8n-obb.yaml", "for YOLO detect, segment and pose models"),
+    ):
+        with pytest.raises(InputError, match=message):
             build(name)
 
 
@@ -226,7 +235,7 @@ def test_every_family_trains_checkpoints_and_detects(name: str, tmp_path: Path):
         assert len(items) == 3
     end_of_epoch(model)
     torch.save(as_checkpoint(model, {"imgsz": 64}, 0, {}), tmp_path / "best.pt")
-    again, origin = build_model(TrainConfig(model="best.pt"), str(tmp_path / "best.pt"), NAMES, 3)
+    again, origin = build_model(TrainConfig(model="best.pt"), str(tmp_path / "best.pt"), Objects(names=NAMES))
     total = len(again.state_dict())
     assert origin == f"{total} of {total} tensors from best.pt"
     loaded, _ = load_detector(str(tmp_path / "best.pt"))
@@ -248,7 +257,7 @@ def test_the_two_losses_of_an_end_to_end_model_move_on_each_epoch():
 
 
 def test_other_strides_and_channels(tmp_path: Path):
-    model, _ = build_model(TrainConfig(), "yolov8n-p6.yaml", NAMES, 1)
+    model, _ = build_model(TrainConfig(), "yolov8n-p6.yaml", Objects(names=NAMES, channels=1))
     assert largest_stride(model) == 64
     assert model.model[0].conv.in_channels == 1
 
@@ -259,16 +268,17 @@ def test_a_segmentation_checkpoint_is_refused(tmp_path: Path):
     model = SegmentationModel("yolov8n-seg.yaml", nc=3, verbose=False)
     model.args = {}
     torch.save(as_checkpoint(model, {}, 0, {}), tmp_path / "seg.pt")
-    with pytest.raises(InputError, match="ends in a Segment head"):
-        load_detector(str(tmp_path / "seg.pt"))
+    with pytest.raises(InputError, match="ends in a Segment head, of a segment model"):
+        load_detector(str(tmp_path / "seg.pt"), task=TASKS["detect"])
+    assert type(load_detector(str(tmp_path / "seg.pt"))[0]) is SegmentationModel
 
 
 def test_frozen_layers_keep_weights_and_statistics():
-    model, _ = build_model(TrainConfig(freeze=2), "yolov8n.yaml", NAMES, 3)
+    model, _ = build_model(TrainConfig(freeze=2), "yolov8n.yaml", Objects(names=NAMES))
     trained = {name.split(".")[1] for name, p in model.named_parameters() if p.requires_grad}
     assert trained == {str(i) for i in range(2, 23)} - {"10", "11", "13", "14", "17", "20"}  # those have no weights
     assert len(frozen_norms(model)) == 2
-    model, _ = build_model(TrainConfig(freeze=(0, "22.cv2")), "yolov8n.yaml", NAMES, 3)
+    model, _ = build_model(TrainConfig(freeze=(0, "22.cv2")), "yolov8n.yaml", Objects(names=NAMES))
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad and ".dfl" not in name}
     assert {"model.0.conv.weight", "model.0.bn.weight"} <= frozen
     assert any(name.startswith("model.22.cv2.") for name in frozen)

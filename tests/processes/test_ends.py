@@ -62,7 +62,11 @@ def test_ctrl_c_while_modules_are_imported(tmp_path: Path, temporary: Path, dela
 
 @pytest.mark.parametrize(
     ("ranks", "number", "words"),
-    [(1, signal.SIGHUP, "ended by SIGHUP"), (2, signal.SIGTERM, "ended by SIGTERM"), (2, signal.SIGINT, "interrupted")],
+    [
+        (1, signal.SIGHUP, "ended by SIGHUP"),
+        (2, signal.SIGTERM, "ended by SIGTERM"),
+        pytest.param(2, signal.SIGINT, "interrupted", marks=pytest.mark.slow),
+    ],
 )
 def test_a_signal_leaves_a_line_and_nothing_else(
     tmp_path: Path, temporary: Path, shapes: Path, ranks: int, number: signal.Signals, words: str

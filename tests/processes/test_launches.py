@@ -33,10 +33,13 @@ def said(command: list[str], **environment: str) -> str:
         ([], 1),
         (["-m", "accelerate.commands.launch", "--config_file", f"{ROOT}/accelerate_configs/cpu.yaml"], 1),
         (["-m", "accelerate.commands.launch", "--config_file", f"{ROOT}/accelerate_configs/multi_cpu.yaml"], 2),
-        (["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"], 2),
+        pytest.param(
+            ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"], 2,
+            marks=pytest.mark.slow,
+        ),
         (["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"], 2),
     ],
-)
+)  # fmt: skip
 def test_every_launcher_gives_its_number_of_ranks(command: list[str], ranks: int):
     out = said([sys.executable, *command, str(SAYS_RANKS)])
     assert sorted(line for line in out.splitlines() if line.startswith("rank")) == [

@@ -12,6 +12,7 @@ from train.config.errors import InputError
 from train.config.options import TrainConfig
 from train.data.formats import ImageLabels
 from train.evaluation.cocofiles import as_truth
+from train.evaluation.detections import Detections
 from train.evaluation.evaluate import Evaluation, measure
 from train.processes.cores import Usage, shared_cores
 from train.reporting import lines
@@ -68,7 +69,8 @@ TRUTH = as_truth({
 
 
 def measured(rows: list[list[float]] | None = None) -> Evaluation:
-    return measure(TRUTH, np.array(rows or []).reshape(-1, 7), TrainConfig(), Accelerator(cpu=True))
+    found = Detections(np.array(rows or []).reshape(-1, 7))
+    return measure(TRUTH, found, TrainConfig(), Accelerator(cpu=True))
 
 
 def test_a_diagnosis_that_fails_costs_no_result(report: Report, monkeypatch, capsys):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from train.config.objects import Objects
 from train.config.options import TrainConfig
 from train.model.build import build_model
 from train.training.engine import check_finite, rescale
@@ -20,7 +21,7 @@ def test_autocast_is_off_again_after_a_step():
     accelerator = Accelerator(cpu=True)
     accelerator.state._mixed_precision = "bf16"
     accelerator.native_amp = True
-    model, _ = build_model(TrainConfig(), "yolov8n.yaml", {0: "a"}, 3)
+    model, _ = build_model(TrainConfig(), "yolov8n.yaml", Objects(names={0: "a"}))
     model = accelerator.prepare(model).train()
     try:
         predictions = model(BATCH["img"])
@@ -43,7 +44,7 @@ def test_multi_scale_follows_from_seed_and_batch_number():
 
 
 def test_poisoned_weights_are_an_error():
-    model, _ = build_model(TrainConfig(), "yolov8n.yaml", {0: "a"}, 3)
+    model, _ = build_model(TrainConfig(), "yolov8n.yaml", Objects(names={0: "a"}))
     check_finite(model)
     model.model[3].conv.weight.data[0, 0, 0, 0] = float("inf")
     with pytest.raises(FloatingPointError, match="no longer finite"):

@@ -46,7 +46,7 @@ def drawn(tmp_path: Path) -> Path:
 
 def images_of(yaml: Path, accelerator: Accelerator, **options: Any) -> TrainSet:
     data, config = find_data(str(yaml)), TrainConfig(**({"imgsz": 64, "batch": 8} | options))
-    return TrainSet(to_train_on(data, config, accelerator), data.names, 3, config)
+    return TrainSet(to_train_on(data, config, accelerator), data, config)
 
 
 def test_the_next_that_can_be_read_stands_in_its_place(drawn: Path, monkeypatch):

@@ -64,6 +64,49 @@ def test_the_local_normaliser_is_plain_ddp_over_ultralytics_loss(trained: dict[t
     assert furthest(ours["model"], alone["model"]) > 1e-4
 
 
+OF_TASKS = {"segment": ("yolo26n-seg.yaml", "yolov8n-seg.yaml"), "pose": ("yolo26n-pose.yaml", "yolov8n-pose.yaml")}
+
+
+def ended(folder: Path, yaml: Path, ranks: int, *modes: str) -> dict[str, dict]:
+    """What the first of so many ranks ended with, by mode."""
+    succeed(ranks, WORKER, yaml, folder, *modes, cwd=folder)
+    files = {mode: folder / mode / "rank0" for mode in modes}
+    return {
+        mode: torch.load(file.with_suffix(".pt")) | json.loads(file.with_suffix(".json").read_text())
+        for mode, file in files.items()
+    }
+
+
+def check_same(several: dict, one: dict) -> None:
+    """Two epochs with mosaic and accumulation ended with the same weights, and every term of the loss was the same."""
+    assert one["updates"] == several["updates"] == 6
+    assert furthest(several["model"], one["model"]) <= 1e-5
+    assert several["losses"] == pytest.approx(one["losses"], rel=1e-5)
+    assert furthest(one["model"], one["start"]) > 1e-3
+
+
+@pytest.mark.parametrize("task", OF_TASKS)
+def test_masks_and_keypoints_are_trained_as_by_one_process(task: str, drawn: dict[str, Path], tmp_path: Path):
+    mode = f"global@{OF_TASKS[task][0]}"
+    one, two = (ended(tmp_path, drawn[task], ranks, mode)[mode] for ranks in (1, 2))
+    check_same(two, one)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", OF_TASKS)
+def test_and_so_by_three_and_locally_normalised_as_by_plain_ddp(task: str, drawn: dict[str, Path], tmp_path: Path):
+    modes = [f"global@{model}" for model in OF_TASKS[task]]
+    local, ddp = (f"{mode}@{OF_TASKS[task][0]}" for mode in ("local", "ddp"))
+    one = ended(tmp_path, drawn[task], 1, *modes)
+    two = ended(tmp_path, drawn[task], 2, *modes, local, ddp)
+    three = ended(tmp_path, drawn[task], 3, *modes)
+    for mode in modes:
+        check_same(two[mode], one[mode])
+        check_same(three[mode], one[mode])
+    assert furthest(two[local]["model"], two[ddp]["model"]) <= 1e-6
+    assert furthest(two[local]["model"], one[modes[0]]["model"]) > 1e-4
+
+
 def check_elastic(stayed: list[dict], went: list[dict]) -> None:
     """What a run trained after a state that it saved within an epoch, and what another number of ranks made of that."""
     whole, rest = (

@@ -4,21 +4,27 @@ from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
 from ultralytics.models.yolo.detect import DetectionTrainer
+from ultralytics.models.yolo.pose import PoseTrainer
+from ultralytics.models.yolo.segment import SegmentationTrainer
 from ultralytics.utils.torch_utils import unset_deterministic
 
 from tests.labels import to_train_on
 from tests.training.test_parity import furthest
 from train.config.options import TrainConfig
+from train.config.task_options import PoseConfig, SegmentConfig
 from train.data.files import find_data
 from train.data.sets import TrainSet
+from train.model.architecture import read_architecture
 from train.model.build import ModelEMA, build_model
-from train.model.loss import build_criterion, end_of_epoch
+from train.model.loss import end_of_epoch
+from train.model.tasks import HEADS, build_criterion, with_sigmas
 from train.processes.stops import Stop
 from train.processes.watch import Watch
 from train.training.engine import train_one_epoch
@@ -55,8 +61,8 @@ class Recorded:
         yield from deepcopy(self.epochs[self.epoch - 1])
 
 
-class Theirs(DetectionTrainer):
-    """Ultralytics' loop over the recorded batches, with neither validation nor files."""
+class Loop:
+    """Of Ultralytics' trainers the loop, over the recorded batches, with neither validation nor files."""
 
     recorded: Recorded
 
@@ -79,7 +85,22 @@ class Theirs(DetectionTrainer):
         pass
 
 
-def close_groups(trainer: Theirs) -> None:
+class Detecting(Loop, DetectionTrainer):
+    """Of boxes."""
+
+
+class Segmenting(Loop, SegmentationTrainer):
+    """Of masks."""
+
+
+class Posing(Loop, PoseTrainer):
+    """Of keypoints."""
+
+
+KINDS = {"detect": (Detecting, TrainConfig), "segment": (Segmenting, SegmentConfig), "pose": (Posing, PoseConfig)}
+
+
+def close_groups(trainer: Any) -> None:
     """Ours steps at an epoch's end, Ultralytics carries over; the warm-up's epoch closes by itself."""
     trainer.seen = getattr(trainer, "seen", 0) + 1
     if trainer.seen == 2 * BATCHES:
@@ -88,11 +109,17 @@ def close_groups(trainer: Theirs) -> None:
 
 @pytest.mark.parametrize(
     ("model", "optimizer"),
-    [("yolov8n.yaml", "SGD"), ("yolo26n.yaml", "SGD"), ("yolov8n.yaml", "MuSGD"), ("yolov8n.yaml", "AdamW")],
-)
-def test_weights_and_average_are_those_of_ultralytics_trainer(model: str, optimizer: str, shapes: Path, tmp_path: Path):
-    config = TrainConfig(
-        data=str(shapes),
+    [
+        ("yolov8n.yaml", "SGD"), ("yolo26n.yaml", "SGD"), ("yolov8n.yaml", "MuSGD"), ("yolov8n.yaml", "AdamW"),
+        ("yolov8n-seg.yaml", "SGD"), ("yolo26n-seg.yaml", "SGD"), ("yolov8n-pose.yaml", "SGD"),
+        ("yolo26n-pose.yaml", "SGD"),
+    ],
+)  # fmt: skip
+def test_weights_and_average_are_those_of_ultralytics_trainer(model: str, optimizer: str, drawn: dict, tmp_path: Path):
+    task = HEADS[read_architecture(model)["head"][-1][2]]
+    theirs, kind = KINDS[task.name]
+    config = kind(
+        data=str(drawn[task.name]),
         model=model,
         optimizer=optimizer,
         imgsz=64,
@@ -103,19 +130,20 @@ def test_weights_and_average_are_those_of_ultralytics_trainer(model: str, optimi
         fraction=20,
     )
     accelerator = Accelerator(cpu=True)
-    data = find_data(config.data)
-    labels = to_train_on(data, config, accelerator)
-    dataset = TrainSet(labels, data.names, 3, config)
+    data = find_data(config.data, carries=task.carries)
+    config = with_sigmas(config, task, data)
+    labels = to_train_on(data, config, accelerator, task.carries)
+    dataset = TrainSet(labels, data, config)
     epochs = [
         [dataset.collate_fn(dataset.__getitems__([(e, 4 * i + p, False) for p in range(4)])) for i in range(BATCHES)]
         for e in range(2)
     ]
     torch.manual_seed(0)
-    detector, _ = build_model(config, model, data.names, 3)
+    detector, _ = build_model(config, model, data)
 
-    trainer = Theirs(
+    trainer = theirs(
         overrides={
-            "model": model, "data": str(shapes), "optimizer": optimizer, "imgsz": 64, "batch": 4, "nbs": 8, "epochs": 2,
+            "model": model, "data": config.data, "optimizer": optimizer, "imgsz": 64, "batch": 4, "nbs": 8, "epochs": 2,
             "close_mosaic": 0, "amp": False, "plots": False, "val": False, "device": "cpu", "workers": 0,
             "project": str(tmp_path), "exist_ok": True,
         }

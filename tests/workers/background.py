@@ -10,16 +10,17 @@ from functools import partial
 import torch
 from accelerate.utils import gather_object
 
+from train.config.objects import Objects
 from train.config.options import TrainConfig
 from train.model.build import build_model
-from train.model.loss import build_criterion
+from train.model.tasks import build_criterion
 from train.processes.accelerator import start_processes, without_buffer_broadcast
 
 accelerator, _ = start_processes("no", [])
 first = accelerator.is_main_process
 for name in sys.argv[1:]:
     torch.manual_seed(0)
-    detector, _ = build_model(TrainConfig(model=name), name, {0: "a", 1: "b"}, 3)
+    detector, _ = build_model(TrainConfig(model=name), name, Objects(names={0: "a", 1: "b"}))
     detector.train()
     detector.criterion = build_criterion(detector, partial(accelerator.reduce, reduction="sum"), 2)
     model = without_buffer_broadcast(accelerator.prepare(detector))

@@ -10,9 +10,10 @@ from contextlib import nullcontext
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+from train.config.objects import Objects
 from train.config.options import TrainConfig
 from train.model.build import build_model
-from train.model.loss import build_criterion
+from train.model.tasks import build_criterion
 from train.processes.accelerator import start_processes
 
 
@@ -34,7 +35,7 @@ torch.backends.cudnn.deterministic = True
 for name in sys.argv[1:]:
     for freeze in (None, 2):
         torch.manual_seed(0)
-        model, _ = build_model(TrainConfig(model=name, freeze=freeze), name, {0: "a", 1: "b"}, 3)
+        model, _ = build_model(TrainConfig(model=name, freeze=freeze), name, Objects(names={0: "a", 1: "b"}))
         model = model.to(device, memory_format=torch.channels_last).train()
         model.criterion = build_criterion(model)
         boxes = torch.tensor([[0.5, 0.5, 0.4, 0.4], [0.3, 0.3, 0.2, 0.2]])

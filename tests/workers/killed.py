@@ -1,4 +1,4 @@
-"""train/detect.py that ends at a chosen place: killed.py WHAT options, on the main process.
+"""train/detect.py, or $SCRIPT, that ends at a chosen place: killed.py WHAT options, on the main process.
 
 WHAT is `stop:N`, SIGUSR1 before the gradients of step N are contributed; `kill:OPERATION:NAME:N`, SIGKILL before the
 N-th operation (os.rename, os.link, os.remove, open) on a file of weights/ whose name begins with NAME, or in the N-th
@@ -20,7 +20,7 @@ from train.processes.stops import Stop
 given = sys.argv.pop(1).split("+")
 stops = [int(part.partition(":")[2]) for part in given if part.startswith("stop:")]
 what = next((part.split(":") for part in given if not part.startswith("stop:")), ["run"])
-detect = str(Path(__file__).resolve().parents[2] / "train" / "detect.py")
+detect = os.environ.get("SCRIPT") or str(Path(__file__).resolve().parents[2] / "train" / "detect.py")
 sys.argv[0] = detect
 seen, LARGEST = 0, 100_000
 

@@ -1,6 +1,7 @@
 """Train a few steps with the real engine and leave the images seen and the weights, for comparison over ranks.
 
-usage: parity.py DATA.yaml OUT MODE …, one after the other: `global` is the loss of the global batch, `local` has
+usage: parity.py DATA.yaml OUT MODE …, one after the other, where MODE@MODEL.yaml is of another model and its task, with
+batches of six, that three ranks can share: `global` is the loss of the global batch, `local` has
 --local-loss-norm, `ddp` is plain DDP over Ultralytics' unmodified loss, `sync` shares BatchNorm's statistics, `fp16` is
 `global` in that precision (CUDA; by itself). `leave` saves after the second of three steps of an epoch and takes five
 more; `enter=FOLDER` goes on from what another number of processes has left in FOLDER, for as many. Results go to
@@ -20,13 +21,15 @@ from accelerate.utils import set_seed
 from torch import nn
 
 from train.config.options import TrainConfig
+from train.config.task_options import PoseConfig, SegmentConfig
 from train.data.files import find_data
 from train.data.labels import train_labels
 from train.data.loaders import train_loader
 from train.data.scan import read_index
 from train.data.sets import TrainSet
+from train.model.architecture import read_architecture
 from train.model.build import ModelEMA, build_model
-from train.model.loss import build_criterion
+from train.model.tasks import HEADS, TASKS, build_criterion, with_sigmas
 from train.processes.accelerator import start_processes
 from train.processes.stops import Stop
 from train.processes.watch import Watch
@@ -46,20 +49,25 @@ def freeze_batchnorm(model: nn.Module) -> None:
 
 
 def main(accelerator: Accelerator, data_yaml: str, mode: str, out: Path, left: str = "") -> None:
+    mode, _, model_name = mode.partition("@")
     local, elastic = mode in ("local", "ddp"), mode in ("leave", "enter")
+    task = HEADS[read_architecture(model_name)["head"][-1][2]] if model_name else TASKS["detect"]
+    options = {"model": model_name, "batch": 6} if model_name else {"batch": 8}
+    kind = {"detect": TrainConfig, "segment": SegmentConfig, "pose": PoseConfig}[task.name]
     # 40 images are five batches; two make a step, so that accumulation and its remainder are inside: 3 steps an epoch.
-    config = TrainConfig(
-        data=data_yaml, imgsz=64, batch=8, nbs=8 if local else 16,
+    config = kind(
+        data=data_yaml, imgsz=64, nbs=options["batch"] * (1 if local else 2),
         epochs=3 if elastic else 1 if mode != "global" else 2, close_mosaic=1 if elastic else 0,
-        optimizer="SGD", lr0=0.01, warmup_epochs=0, workers=0, mixup=0.2, degrees=5.0, local_loss_norm=local,
+        optimizer="SGD", lr0=0.01, warmup_epochs=0, workers=0, mixup=0.2, degrees=5.0, local_loss_norm=local, **options,
     )  # fmt: skip
     set_seed(1)
-    data = find_data(config.data)
+    data = find_data(config.data, carries=task.carries)
+    config = with_sigmas(config, task, data)
     index = read_index(data, ("train",), config, accelerator)["train"]
-    labels = train_labels(index, len(data.names), config)
-    if mode == "sync":  # one step: with BatchNorm over 64 px, bits become 0.02 of a running variance in six
-        labels = labels[:16]
-    model, _ = build_model(config, config.model, data.names, 3)
+    # With `sync` one step: with BatchNorm over 64 px, bits become 0.02 of a running variance in six.
+    images = 16 if mode == "sync" else 5 * config.batch
+    labels = train_labels(index, len(data.names), config, task.carries, images)
+    model, _ = build_model(config, config.model, data)
     if mode != "sync":
         freeze_batchnorm(model)
     model = model.to(accelerator.device)
@@ -74,7 +82,7 @@ def main(accelerator: Accelerator, data_yaml: str, mode: str, out: Path, left: s
     schedule = Schedule(config, images=len(labels), classes=3)
     optimizer = build_optimizer(model, schedule)
     model, optimizer = accelerator.prepare(model, optimizer)
-    loader, positions = train_loader(TrainSet(labels, data.names, 3, config), schedule.batches, accelerator)
+    loader, positions = train_loader(TrainSet(labels, data, config), schedule.batches, accelerator)
     state = TrainState(detector, model, ema, optimizer, accelerator)
     stop, out_of = Stop(accelerator), states(Path(left)) if left else []
     meter, watch = Meter(accelerator, detector), Watch(accelerator.process_index, accelerator.num_processes, 0, print)

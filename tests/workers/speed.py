@@ -137,8 +137,8 @@ def switches(data: Path, given: argparse.Namespace, number: int) -> None:
             say(f"steps, fused optimizer {on}", number * given.batch, steps(run, number))
         files = find_data(str(data))
         labels = to_validate_on(files, run.config, run.accelerator)
-        truth = read_truth(labels, files.names, run.config, run.accelerator)
-        val_set = ValSet(labels, files.names, 3, given.imgsz, 32, True)
+        truth = read_truth(labels, files, run.config, run.accelerator)
+        val_set = ValSet(labels, files, run.config, 32)
         loader = val_loader(val_set, run.config, run.accelerator)
         copied = inference_copy(run.state.ema.ema, run.accelerator.device, run.config.memory_format, losses=True)
         stages = evaluation._Laps.end

@@ -7,7 +7,7 @@ side.
 import importlib.util
 import math
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import ClassVar, Literal, TypeVar
 
 import torch
 
@@ -159,7 +159,7 @@ class Training:
     time: float | None = None
     """Hours: after the first epoch --epochs becomes the number that fits into them; planned once, kept on --resume."""
     patience: int = 100
-    """Stop after this many epochs without a better 0.1·AP50 + 0.9·AP."""
+    """Stop after this many epochs without a better AP, to which mask or pose AP is added."""
     val_interval: int = 1
     """Validate after every so many epochs, and after the last."""
     val_precision: Literal["bf16", "fp16", "no"] | None = None
@@ -314,6 +314,8 @@ class Resuming:
 class TrainConfig(Training, Recipe, Augmentation, Output, Resuming, Wandb, EvalConfig):
     """Train a YOLO detector on one process or many. The defaults are Ultralytics' recipe."""
 
+    task: ClassVar[str] = "detect"  # as Ultralytics names it; its script is train/<task>.py
+
     @property
     def used_trackers(self) -> list[str]:
         """The trackers without `none`."""
@@ -354,6 +356,14 @@ class TrainConfig(Training, Recipe, Augmentation, Output, Resuming, Wandb, EvalC
 
 
 @dataclass(frozen=True, kw_only=True)
+class Oks:
+    """How near a keypoint must be."""
+
+    sigmas: tuple[float, ...] | None = None
+    """OKS sigma of each keypoint; unset takes the data YAML's `kpt_oks_sigmas`, else COCO's for its 17, else 1/n."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Evaluating:
     """What to evaluate."""
 
@@ -372,11 +382,11 @@ class Files:
     predictions: str = ""
     """Instead of a checkpoint: a COCO results file from anywhere, to be measured on --data or --annotations."""
     save_dir: str = ""
-    """Folder for metrics.json, predictions.json, ground_truth.json and pictures; unset makes runs/detect/val, …"""
+    """Folder for metrics, predictions and truth as JSON, and pictures; unset makes runs/<task>/val, val2, …"""
 
 
 @dataclass(frozen=True, kw_only=True)
-class ValConfig(Evaluating, Files, EvalConfig):
+class ValConfig(Evaluating, Files, Oks, EvalConfig):
     """Evaluate a YOLO checkpoint, or a file of detections, with COCO's metric on one process or many."""
 
     def faults(self) -> list[str]:

@@ -20,12 +20,13 @@ from ultralytics.cfg import get_cfg
 from train.config.errors import InputError
 from train.config.options import C, EvalConfig, TrainConfig
 from train.config.plain import mapping_of, text_of
-from train.config.sources import FROM_FILE, MAY_CHANGE, differences
+from train.config.sources import DEFAULTS, FROM_FILE, MAY_CHANGE, differences
 from train.config.words import as_flag, check_flags, in_words, unknown_words
 
 Kept = Callable[[C, frozenset[str]], dict[str, Any]]
 AUTO = "auto"  # of --resume: the newest run of the same options, if it is not finished
 LARGEST = 10_000_000  # bytes of a file of options
+TASKS = ("detect", "segment", "pose")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,8 +101,9 @@ def check_unchanged(own: dict[str, Any], theirs: dict[str, Any]) -> None:
     if bool(own["annotations"]) != bool(theirs.get("annotations")):  # the file may have moved with the data
         changed.append("annotations")
     if changed:
-        plain = dataclasses.asdict(TrainConfig())
-        said = ", ".join(f"{as_flag(n)} (it is {own[n]!r}, the run's is {theirs.get(n, plain[n])!r})" for n in changed)
+        said = ", ".join(
+            f"{as_flag(n)} (it is {own[n]!r}, the run's is {theirs.get(n, DEFAULTS[n])!r})" for n in changed
+        )
         raise InputError(f"--resume goes on with the run's own options; leave out {said}.")
 
 
@@ -117,8 +119,10 @@ def run_folder(named: str) -> str:
 
 def _parsed(kind: type[C], description: str, arguments: list[str], values: dict[str, Any]) -> dict[str, Any]:
     """What the command line says, and `values` or the defaults where it says nothing, by name."""
-    groups: list[Any] = [base for base in kind.__mro__[1:] if dataclasses.is_dataclass(base) and base is not EvalConfig]
+    whole = (EvalConfig, TrainConfig)  # configurations, whose options are in groups
+    groups: list[Any] = [base for base in kind.__mro__[1:] if dataclasses.is_dataclass(base) and base not in whole]
     members: list[tuple[str, Any, Any]] = []
+    values = vars(kind()) | values  # its own defaults, which may be other than the groups'
     for group in (File, *groups):
         given = {field.name: values[field.name] for field in dataclasses.fields(group) if field.name in values}
         flat = tyro.conf.OmitArgPrefixes[group]  # type: ignore[valid-type]
@@ -179,7 +183,11 @@ def _read_file(kind: type[EvalConfig], file: str, flag: str) -> tuple[dict[str, 
     if not isinstance(content, dict):
         raise InputError(f"{flag} {file} holds no options; it must be a mapping such as `epochs: 50`.")
     theirs = "versions" not in content  # else a run's config.json
-    content = {str(key): value for key, value in content.items() if key != "versions"}
+    task, own = content.get("task"), getattr(kind, "task", None)
+    if isinstance(task, str) and own is not None and task != own:
+        what = f"train/{task}.py trains that" if task in TASKS else f"these scripts train {', '.join(TASKS)}"
+        raise InputError(f"{flag} {file} is of the task {task[:40]!r}; {what}.")
+    content = {str(key): value for key, value in content.items() if key not in ("versions", "task")}
     known = {field.name for field in dataclasses.fields(kind)}
     # Ultralytics' files list all its options: what is unset, or stands at its default, asks for nothing.
     defaults = vars(get_cfg()) if theirs else {}

@@ -9,6 +9,7 @@ from train.config.options import (
     Data,
     Evaluating,
     Logging,
+    Oks,
     Output,
     Recipe,
     TrainConfig,
@@ -16,14 +17,18 @@ from train.config.options import (
     Validation,
     Wandb,
 )
+from train.config.task_options import Keypoints, Masks, PoseConfig, SegmentConfig
 
 # Which options each source may set. What is not listed counts from the command line alone: it runs code, or names a
 # place that is written over or appended to. `project` and `name` only ever make new folders.
 FROM_FILE = frozenset(
     field.name
-    for group in (Training, Recipe, Augmentation, Output, Wandb, Evaluating, Data, Validation, Computing, Logging)
+    for group in (
+        Training, Recipe, Augmentation, Masks, Keypoints, Oks, Output, Wandb, Evaluating, Data, Validation, Computing,
+        Logging,
+    )
     for field in fields(group)
-)
+)  # fmt: skip
 # What may differ between the machines of a run: where things are, and what concerns one process or machine alone.
 OF_A_MACHINE = frozenset({
     "data", "annotations", "model", "weights", "predictions", "project", "save_dir", "log_file", "resume", "workers",
@@ -43,8 +48,9 @@ MAY_CHANGE = frozenset({
 # A checkpoint says what it was validated with. A subset is an economy of its training; the rest belongs to the machine.
 FROM_CHECKPOINT = frozenset({
     "data", "imgsz", "split", "annotations", "classes", "single_cls", "val_batch", "rect", "conf", "iou", "max_det",
-    "max_dets", "end2end", "mixed_precision", "channels_last",
+    "max_dets", "end2end", "mixed_precision", "channels_last", "sigmas",
 })  # fmt: skip
+DEFAULTS = asdict(SegmentConfig()) | asdict(PoseConfig()) | asdict(TrainConfig())  # of the options of all tasks
 
 
 def differences(own: dict[str, Any], theirs: dict[str, Any], may: frozenset[str] = frozenset()) -> list[str]:
@@ -54,10 +60,9 @@ def differences(own: dict[str, Any], theirs: dict[str, Any], may: frozenset[str]
         own, theirs: options by name.
         may: names of options that may differ.
     """
-    plain = asdict(TrainConfig())
     return [
         name
-        for name, default in plain.items()
+        for name, default in DEFAULTS.items()
         if name not in may and _plain(own.get(name, default)) != _plain(theirs.get(name, default))
     ]
 

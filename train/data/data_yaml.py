@@ -1,5 +1,6 @@
 """What a data YAML says. It is read as data: nothing in it is executed, and class names are what is written."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -7,21 +8,19 @@ from typing import Any
 import yaml
 
 from train.config.errors import InputError
+from train.config.objects import Objects
 from train.config.plain import checked_name, keys_of, mapping_of, shown, text_of
 from train.data.formats import check_regular
 
 LARGEST, CLASSES = 20_000_000, 100_000  # bytes of a data YAML, class names in it
 
 
-@dataclass(frozen=True)
-class DataYaml:
+@dataclass(frozen=True, kw_only=True)
+class DataYaml(Objects):
     """A data YAML, checked."""
 
     path: str | None  # what the splits are relative to
     splits: dict[str, str | list[str]]  # train, val, test, as they are given
-    names: dict[int, str]
-    channels: int
-    keypoints: tuple[int, ...] = ()  # kpt_shape: number and dimensions, where the labels have keypoints
 
 
 def read_data_yaml(file: Path) -> DataYaml:
@@ -63,10 +62,41 @@ def read_data_yaml(file: Path) -> DataYaml:
         raise InputError(f"{file} has no `names`; a data YAML lists train, val and the class names.")
     if classes is not None and classes != len(names):
         raise InputError(f"{file} says nc: {classes} but names {len(names)} classes.")
-    keypoints = content.get("kpt_shape") or ()
-    if keypoints and not (_is_list_of_counts(keypoints) and len(keypoints) == 2 and keypoints[1] in (2, 3)):
-        raise InputError(f"{file} says kpt_shape: {shown(keypoints)}; it must be the number of keypoints and 2 or 3.")
-    return DataYaml(path, splits, names, content.get("channels") or 3, tuple(keypoints))
+    channels = content.get("channels") or 3
+    return DataYaml(path=path, splits=splits, names=names, channels=channels, **_keypoints(content, file))
+
+
+def _keypoints(content: dict[str, Any], file: Path) -> dict[str, tuple]:
+    """What the YAML says of keypoints; nothing where its labels have none."""
+    shape = content.get("kpt_shape") or ()
+    if not shape:
+        return {}
+    if not (_is_list_of_counts(shape) and len(shape) == 2 and shape[1] in (2, 3)):
+        raise InputError(f"{file} says kpt_shape: {shown(shape)}; it must be the number of keypoints and 2 or 3.")
+    count = shape[0]
+    flips, sigmas, names = (content.get(key) or () for key in ("flip_idx", "kpt_oks_sigmas", "kpt_names"))
+    if flips and not (
+        isinstance(flips, list)
+        and all(type(index) is int for index in flips)
+        and sorted(flips) == [*range(count)]
+        and [flips[index] for index in flips] == [*range(count)]
+    ):
+        raise InputError(
+            f"{file} says flip_idx: {shown(flips)}; it must be the {count} keypoints' indices, from 0, in the order in "
+            "which a mirror shows them: two that change places, such as left and right, name each other."
+        )
+    if sigmas and not (isinstance(sigmas, list) and len(sigmas) == count and all(map(_is_positive, sigmas))):
+        raise InputError(f"{file} says kpt_oks_sigmas: {shown(sigmas)}; it must be {count} numbers above 0.")
+    if isinstance(names, dict):  # by class, as Ultralytics has it
+        names = next(iter(names.values()))
+    if names and not (_is_list_of_text(names) and len(names) == count):
+        raise InputError(f"{file} says kpt_names: {shown(names)}; it must be {count} names, for each class or for all.")
+    found = {"keypoints": tuple(shape), "flip_idx": tuple(flips), "sigmas": tuple(map(float, sigmas))}
+    return found | {"keypoint_names": tuple(names) or tuple(map(str, range(count)))}
+
+
+def _is_positive(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < math.inf
 
 
 def _is_list_of_counts(value: Any) -> bool:

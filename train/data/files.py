@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -9,26 +10,30 @@ from ultralytics.data.utils import IMG_FORMATS
 from ultralytics.utils import ROOT
 
 from train.config.errors import InputError
+from train.config.objects import Carries, Objects
 from train.data.data_yaml import read_data_yaml
 from train.data.listing import DataFiles, as_list, located
 from train.data.shapes import draw_shapes
 
 
-def find_data(data: str, single_cls: bool = False, classes: tuple[int, ...] | None = None) -> DataFiles:
+def find_data(
+    data: str, single_cls: bool = False, classes: tuple[int, ...] | None = None, carries: Carries = "boxes"
+) -> DataFiles:
     """Resolve `--data`; nothing in the YAML is executed and nothing is downloaded. Call it on one process: it may draw.
 
     Args:
         data: the option.
         single_cls: whether all classes are one.
         classes: indices that are asked for; unset asks for all.
+        carries: what is needed of the labels; all of them have boxes.
 
     Raises:
         InputError: no such YAML, a YAML that is not a data set's, a data set that is not on this machine, or one that
-            lacks a class.
+            lacks a class or what is needed.
     """
     if data == "shapes":
         try:
-            data = str(draw_shapes(Path("datasets")))
+            data = str(draw_shapes(Path("datasets"), carries=carries))
         except OSError as error:
             raise InputError(
                 f"--data shapes is drawn into {Path('datasets').absolute()}, and cannot be: {error}"
@@ -51,10 +56,19 @@ def find_data(data: str, single_cls: bool = False, classes: tuple[int, ...] | No
         raise InputError(f"{path} names no images; add the lines `train: folder-or-list.txt` and `val: …`.")
     if lacking := [index for index in classes or () if index not in given.names]:
         raise InputError(f"--classes names {lacking[0]}, but {path} has the classes 0 to {len(given.names) - 1}.")
+    if carries == "keypoints" and not given.keypoints:
+        raise InputError(
+            f"{path} names no kpt_shape, so its labels have no keypoints that are known of; add `kpt_shape: [17, 3]`, "
+            "say, or train on its boxes: train/detect.py."
+        )
+    if carries == "polygons" and given.keypoints:
+        raise InputError(f"{path} names a kpt_shape: its labels are keypoints, which train/pose.py trains on.")
     root = _root(path, given.path, given.splits)
     names = {0: "item"} if single_cls else given.names
-    endings = tuple(sorted(IMG_FORMATS))
-    return DataFiles(str(path.absolute()), root, names, given.channels, given.splits, endings, given.keypoints)
+    about = {field.name: getattr(given, field.name) for field in fields(Objects)} | {"names": names}
+    return DataFiles(
+        name=str(path.absolute()), root=root, splits=given.splits, endings=tuple(sorted(IMG_FORMATS)), **about
+    )
 
 
 def _root(path: Path, named: str | None, splits: dict[str, Any]) -> Path:

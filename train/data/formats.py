@@ -51,6 +51,7 @@ def read_label(
     """
     rows: dict[tuple[float, ...], None] = {}
     width = 5 + math.prod(keypoints) if keypoints else 0
+    dimensions = keypoints[-1] if keypoints else 0
     for number, line in enumerate(text.splitlines(), 1):
         if not (fields := line.split()):
             continue
@@ -67,8 +68,14 @@ def read_label(
             raise ValueError(f"line {number} holds a value that is not finite")
         if row[0] % 1 or not 0 <= row[0] < classes:
             raise ValueError(f"line {number} has class {row[0]:g}; there are the classes 0 to {classes - 1}")
-        # of keypoints those that are not visible may be anywhere
         places = row[1:5] if width else row[1:]
+        if width:
+            points = [row[i : i + dimensions] for i in range(5, width, dimensions)]
+            if dimensions == 3 and (odd := [point[2] for point in points if point[2] not in (0, 1, 2)]):
+                raise ValueError(f"line {number} has a keypoint of visibility {odd[0]:g}; it must be 0, 1 or 2")
+            # Keypoints that are not visible may be anywhere; of two dimensions these have negative coordinates.
+            seen = [p for p in points if (p[2] if dimensions == 3 else min(p) >= 0)]
+            places += tuple(value for point in seen for value in point[:2])
         if min(places) < -0.01 or max(places) > 1.01 or ((columns == 5 or width) and min(row[3:5]) < 0):
             raise ValueError(f"line {number} has a coordinate outside 0 to 1")
         rows[row] = None
@@ -121,6 +128,16 @@ def read_image(
         return f"{im_file}: " + ("HEIC needs: pip install pi-heif" if heic else "not an image of a known format")
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: a broken PNG
         return f"{im_file}: not a readable image ({getattr(error, 'strerror', None) or error})"
+
+
+def with_visibility(keypoints: np.ndarray) -> np.ndarray:
+    """Keypoints (objects, number, 2 or 3) with the third number: of two, those with negative coordinates are not there,
+    as in Ultralytics.
+    """
+    if keypoints.shape[-1] == 3:
+        return keypoints
+    there = (keypoints >= 0).all(-1, keepdims=True).astype(keypoints.dtype)
+    return np.concatenate((keypoints, there), -1)
 
 
 def check_regular(file: str) -> int:

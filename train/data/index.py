@@ -69,6 +69,12 @@ class Index:
             return []
         return [self.arrays["points"][a:b].reshape(shape) for a, b in pairwise(bounds)]
 
+    def boxes_alone(self) -> np.ndarray:
+        """(n,) bool: whether an image has boxes, and no polygon or keypoint of them."""
+        ends, first = self.arrays["point_ends"], self.first
+        filled: np.ndarray = first[1:] > first[:-1]
+        return filled & (ends[first[1:]] == ends[first[:-1]]) if len(ends) else filled
+
     def faults(self) -> dict[int, str]:
         """Why images cannot be used, by row."""
         told = json.loads(self.arrays["faults"].tobytes() or b"[]")

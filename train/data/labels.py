@@ -7,6 +7,7 @@ from typing import overload
 import numpy as np
 
 from train.config.errors import InputError
+from train.config.objects import Carries
 from train.config.options import EvalConfig
 from train.config.words import printable
 from train.data.formats import ImageLabels, label_text, read_label
@@ -26,14 +27,18 @@ class Labels(Sequence[ImageLabels]):
         chosen: rows of the index; one may be there twice.
         classes: number of classes of the data set.
         config: the classes that count.
+        carries: what is needed of the labels; an image whose labels are boxes alone is none of polygons.
     """
 
-    def __init__(self, index: Index, chosen: np.ndarray, classes: int, config: EvalConfig):
-        self.source, self.chosen, self.classes = index, chosen, classes
+    def __init__(self, index: Index, chosen: np.ndarray, classes: int, config: EvalConfig, carries: Carries = "boxes"):
+        self.source, self.chosen, self.classes, self.carries = index, chosen, classes, carries
         self.only, self.single_cls = config.classes, config.single_cls
         usable = index.usable[chosen]
         if not config.single_cls:
             usable &= index.top[chosen] < classes
+        self.unfit = index.boxes_alone() if carries == "polygons" else np.zeros(0, bool)  # by row of the index
+        if len(self.unfit):
+            usable &= ~self.unfit[chosen]
         self.rows = (chosen if usable.all() else chosen[usable]).astype(np.int32, copy=False)
         self.own_ids: np.ndarray | None = None  # an annotation file's, where the truth is that
 
@@ -120,6 +125,10 @@ class Labels(Sequence[ImageLabels]):
         beyond = self.source.usable[chosen] & (self.source.top[chosen] >= self.classes) & (not self.single_cls)
         for number, row in enumerate(chosen[beyond].tolist()):
             told[row] = self._out_of_range(row, number < NAMED)
+        for row in chosen[self.unfit[chosen]].tolist() if len(self.unfit) else ():
+            told.setdefault(
+                row, f"{label_file(self.source.file(row))}: boxes, without polygons; train/detect.py trains on boxes"
+            )
         wanted = set(chosen.tolist()) if len(chosen) < len(self.source) else None
         return [printable(text)[:LONGEST] for row, text in sorted(told.items()) if wanted is None or row in wanted]
 
@@ -144,17 +153,21 @@ def share(images: int, fraction: float) -> int:
     return min(max(1, round(fraction * images)) if fraction <= 1 else round(fraction), images)
 
 
-def train_labels(index: Index, classes: int, config: EvalConfig, fraction: float = 1.0) -> Labels:
+def train_labels(
+    index: Index, classes: int, config: EvalConfig, carries: Carries = "boxes", fraction: float = 1.0
+) -> Labels:
     """The labels to train on: of the first images that the split lists, as often as it lists them."""
-    return Labels(index, index.listed[: share(len(index.listed), fraction)], classes, config)
+    return Labels(index, index.listed[: share(len(index.listed), fraction)], classes, config, carries)
 
 
-def val_labels(index: Index, classes: int, config: EvalConfig) -> Labels:
+def val_labels(index: Index, classes: int, config: EvalConfig, carries: Carries = "boxes") -> Labels:
     """The labels to validate on: each image once, or a share of them, evenly drawn."""
     images = len(index)
     wanted = min(max(1, round(images * config.val_fraction)), config.val_limit or images)
-    chosen = np.arange(images, dtype=np.int32)
-    return Labels(index, chosen if wanted == images else np.arange(wanted) * images // wanted, classes, config)
+    chosen: np.ndarray = np.arange(images, dtype=np.int32)
+    if wanted < images:
+        chosen = np.arange(wanted) * images // wanted
+    return Labels(index, chosen, classes, config, carries)
 
 
 def check_usable(name: str, train: Labels | None, val: Labels, config: EvalConfig) -> None:

@@ -14,21 +14,19 @@ from typing import Any
 import numpy as np
 
 from train.config.errors import InputError
+from train.config.objects import Objects
 
 BLOCK, SLOW, THREADS = 1024, 1e-4, 16  # images; seconds for one that tell a network disk; how many it is then asked for
 
 
-@dataclass(frozen=True)
-class DataFiles:
-    """A data YAML, resolved: what its splits name, and the class names."""
+@dataclass(frozen=True, kw_only=True)
+class DataFiles(Objects):
+    """A data YAML, resolved: what its splits name, and what is in them."""
 
     name: str
     root: Path
-    names: dict[int, str]
-    channels: int
     splits: dict[str, Any]  # train, val, test as the YAML gives them
     endings: tuple[str, ...]  # of images, in lower case
-    keypoints: tuple[int, ...] = ()  # number and dimensions of an object's keypoints, where the labels have them
 
     def images(self, split: str) -> list[str]:
         """Sorted image paths of a split. An image that is listed twice is there twice: people oversample rare classes.

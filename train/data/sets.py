@@ -23,7 +23,10 @@ from ultralytics.data.augment import Albumentations, Compose, v8_transforms
 from ultralytics.data.dataset import YOLODataset
 
 from train.config.errors import InputError
-from train.config.options import Augmentation, TrainConfig
+from train.config.objects import Carries, Objects
+from train.config.options import Augmentation, EvalConfig, TrainConfig, ValConfig
+from train.config.task_options import Masks
+from train.data.formats import ImageLabels, with_visibility
 from train.data.imagecache import ImageCache
 from train.data.labels import Labels
 from train.data.transforms import faster
@@ -55,10 +58,15 @@ class _Files:
 
 
 class _Targets:
-    """The labels in Ultralytics' form, each made when it is asked for."""
+    """The labels in Ultralytics' form, each made when it is asked for.
 
-    def __init__(self, labels: Labels):
-        self.labels = labels
+    Args:
+        labels: of the images.
+        keypoints: number and dimensions of an object's keypoints, where these are wanted.
+    """
+
+    def __init__(self, labels: Labels, keypoints: tuple[int, ...]):
+        self.labels, self.keypoints = labels, keypoints
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -71,10 +79,15 @@ class _Targets:
             "cls": entry.cls.astype(np.float32).reshape(-1, 1),
             "bboxes": entry.boxes.astype(np.float32),
             "segments": [segment.astype(np.float32) for segment in entry.segments],
-            "keypoints": None,
+            "keypoints": self._keypoints(entry) if self.keypoints else None,
             "normalized": True,
             "bbox_format": "xywh",
         }
+
+    def _keypoints(self, entry: ImageLabels) -> np.ndarray:
+        """(objects, keypoints, 3) float32: x, y normalised, and whether it is visible."""
+        found = np.array(entry.keypoints, np.float32).reshape(-1, *self.keypoints)
+        return with_visibility(found)
 
 
 class Unreadable(InputError):
@@ -88,18 +101,23 @@ class Images(YOLODataset):
 
     Args:
         labels: of the images.
-        names: class names by class index.
-        channels: of an image.
+        objects: of the data set.
         imgsz: that the longer side of an image is scaled to, px.
         hyp: Ultralytics' hyperparameters, with the augmentation.
+        carries: whether samples have masks or keypoints, too.
     """
 
-    def __init__(self, labels: Labels, names: dict[int, str], channels: int, imgsz: int, hyp: Any):
-        self.scanned, self.imgsz, self.channels = labels, imgsz, channels
-        self.data: dict[str, Any] = {"names": names, "channels": channels}
-        self.cv2_flag = {1: cv2.IMREAD_GRAYSCALE, 3: cv2.IMREAD_COLOR}.get(channels, cv2.IMREAD_UNCHANGED)
-        self.im_files, self.labels = _Files(labels), _Targets(labels)
-        self.rect = self.augment = self.use_segments = self.use_keypoints = self.use_obb = False
+    def __init__(self, labels: Labels, objects: Objects, imgsz: int, hyp: Any, carries: Carries):
+        self.scanned, self.imgsz, self.channels = labels, imgsz, objects.channels
+        self.data: dict[str, Any] = {"names": objects.names, "channels": objects.channels}
+        self.data |= {"kpt_shape": [*objects.keypoints], "flip_idx": [*objects.flip_idx]}
+        self.cv2_flag = {1: cv2.IMREAD_GRAYSCALE, 3: cv2.IMREAD_COLOR}.get(self.channels, cv2.IMREAD_UNCHANGED)
+        self.use_segments, self.use_keypoints = (carries == kind for kind in ("polygons", "keypoints"))
+        self.im_files = _Files(labels)
+        self.labels = _Targets(labels, objects.keypoints if self.use_keypoints else ())
+        self.rect = self.augment = self.use_obb = False
+        more: dict[Carries, tuple[str, ...]] = {"polygons": ("masks", "sem_masks"), "keypoints": ("keypoints",)}
+        self.keys = ("im_file", "img", "cls", "bboxes", "batch_idx", *more.get(carries, ()))  # of a sample
         self.prefix, self.cache = "", None
         # Ultralytics reads, rewrites and removes .npy files beside the images; these cannot exist.
         self.ims, self.npy_files = _Same(None), _Same(Path(os.devnull) / "none")
@@ -179,7 +197,7 @@ class _Partners:
 class TrainSet(Images):
     """Augmented training images by (epoch, position); see the module's first lines."""
 
-    def __init__(self, labels: Labels, names: dict[int, str], channels: int, config: TrainConfig, stride: int = 32):
+    def __init__(self, labels: Labels, objects: Objects, config: TrainConfig, stride: int = 32):
         if config.rect:
             config = replace(config, mosaic=0.0, mixup=0.0, cutmix=0.0)
         self.config, self._stride = config, stride
@@ -188,24 +206,40 @@ class TrainSet(Images):
         self._decoded: dict[int, tuple] = {}
         self._order: tuple[int, np.ndarray] = (-1, np.zeros(0, int))
         self.lost: set[int] = set()  # images that can no longer be read, as far as this process knows
-        super().__init__(labels, names, channels, imgsz=config.imgsz, hyp=augmentation(config))
+        super().__init__(labels, objects, config.imgsz, hyperparameters(config), labels.carries)
 
     def build_transforms(self, hyp: Any) -> Compose:
         """Ultralytics' training transforms for the open epochs; also sets the ones for the last, closed epochs."""
         self.partners = _Partners(self)
         closed = replace(self.config, mosaic=0.0, mixup=0.0, cutmix=0.0, copy_paste=0.0)
-        self.closed_transforms = self._transforms(augmentation(closed))
+        self.closed_transforms = self._transforms(hyperparameters(closed))
         transforms = self._transforms(hyp)
         steps = (*transforms.transforms, *self.closed_transforms.transforms)
         self.albumentations = any(isinstance(step, Albumentations) and step.transform is not None for step in steps)
         return transforms
 
     def _transforms(self, hyp: Any) -> Compose:
+        if not self.flips:
+            hyp.fliplr = hyp.flipud = 0.0
         transforms = v8_transforms(self.partners, self.imgsz, hyp)
         transforms.append(
-            self.format_class(bbox_format="xywh", normalize=True, return_mask=False, batch_idx=True, bgr=hyp.bgr)
+            self.format_class(
+                bbox_format="xywh",
+                normalize=True,
+                return_mask=self.use_segments,
+                return_keypoint=self.use_keypoints,
+                mask_ratio=hyp.mask_ratio,
+                mask_overlap=hyp.overlap_mask,
+                batch_idx=True,
+                bgr=hyp.bgr,
+            )
         )
         return faster(transforms)
+
+    @property
+    def flips(self) -> bool:
+        """Whether images may be flipped: keypoints only where the data set says which one becomes which."""
+        return not self.use_keypoints or bool(self.data["flip_idx"])
 
     def order(self, epoch: int) -> np.ndarray:
         """Image index by position. A set smaller than the batch is repeated until it fills one."""
@@ -281,7 +315,7 @@ class TrainSet(Images):
             label["rect_shape"] = self._rect_shape(epoch, position)
         sample = transforms(label)
         lost = sorted(self.lost.difference(known))
-        return {key: sample[key] for key in ("im_file", "img", "cls", "bboxes", "batch_idx")} | {"lost": lost}
+        return {key: sample[key] for key in self.keys} | {"lost": lost}
 
     def __getitems__(self, keys: list[tuple]) -> list[dict[str, Any]]:
         """The samples of one batch."""
@@ -294,21 +328,27 @@ class ValSet(Images):
 
     Ultralytics sets the padded shape for a block of images of similar aspect ratio, so it moves with the batch size.
     With blocks of one image it depends on that image and imgsz alone.
+
+    Args:
+        labels: of the images.
+        objects: of the data set.
+        config: image size and shape, and in a training how masks are made for the loss.
+        stride: of the model.
+        judged: whether a loss is computed of them.
     """
 
     def __init__(
-        self, labels: Labels, names: dict[int, str], channels: int, imgsz: int, stride: int, rect: bool = True
+        self, labels: Labels, objects: Objects, config: TrainConfig | ValConfig, stride: int, judged: bool = True
     ):
-        super().__init__(labels, names, channels, imgsz, get_cfg())
-        self.rect, self.ids = rect, labels.ids
-        if rect:
-            self.batch, self.batch_shapes = range(len(labels)), _padded(labels.shapes, imgsz, stride)
+        super().__init__(labels, objects, config.imgsz, hyperparameters(config), labels.carries if judged else "boxes")
+        self.rect, self.ids = config.rect is not False, labels.ids
+        if self.rect:
+            self.batch, self.batch_shapes = range(len(labels)), _padded(labels.shapes, self.imgsz, stride)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """The letterboxed image with its labels, its id, original shape, and the (gain, padding) that scaled it."""
         sample = super().__getitem__(index)
-        names = ("im_file", "img", "cls", "bboxes", "batch_idx", "ori_shape", "ratio_pad")
-        return {name: sample[name] for name in names} | {"id": int(self.ids[index])}
+        return {name: sample[name] for name in (*self.keys, "ori_shape", "ratio_pad")} | {"id": int(self.ids[index])}
 
     def batches(self, batch: int) -> list[list[int]]:
         """Batches of images of one shape, most pixels first: dealt to the ranks in turn, the shares come out even."""
@@ -334,6 +374,7 @@ def _chunks(items: list, size: int) -> Iterator[list]:
         yield items[start : start + size]
 
 
-def augmentation(config: TrainConfig) -> Any:
-    """Ultralytics' hyperparameter namespace with this run's augmentation."""
-    return get_cfg(overrides={field.name: getattr(config, field.name) for field in fields(Augmentation)})
+def hyperparameters(config: EvalConfig) -> Any:
+    """Ultralytics' hyperparameter namespace with this run's augmentation, and how it makes masks, as far as it does."""
+    names = {field.name for group in (Augmentation, Masks) for field in fields(group)}
+    return get_cfg(overrides={name: value for name, value in vars(config).items() if name in names})

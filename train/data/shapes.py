@@ -1,4 +1,8 @@
-"""The built-in data set: circles, squares and triangles on textured backgrounds, so that everything runs offline."""
+"""The built-in data sets: circles, squares and triangles on textured backgrounds, so that everything runs offline.
+
+The same images with boxes, with polygons, or with keypoints: the points of an outline that are furthest up, right, down
+and left.
+"""
 
 import os
 import shutil
@@ -8,10 +12,12 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from train.config.objects import Carries
+
 NAMES = ("circle", "square", "triangle")
 SIZES = ((240, 240), (192, 256), (256, 192), (160, 288), (224, 256))  # height, width
 SPLITS = {"train": 512, "val": 256}
-YAML = """# Drawn by train/data/shapes.py. labels/ holds boxes; polygons/ holds the same objects as polygons.
+YAML = """# Drawn by train/data/shapes.py
 train: images/train
 val: images/val
 names:
@@ -19,10 +25,15 @@ names:
   1: square
   2: triangle
 """
+SETS: dict[Carries, tuple[str, str]] = {  # name of the data set, and what its YAML says beside
+    "boxes": ("shapes", ""),
+    "polygons": ("shapes-seg", ""),
+    "keypoints": ("shapes-pose", "kpt_shape: [4, 3]\nflip_idx: [0, 3, 2, 1]\nkpt_names: [top, right, bottom, left]\n"),
+}
 
 
-def draw_shapes(folder: Path, splits: dict[str, int] | None = None, seed: int = 0) -> Path:
-    """Draw the data set once under `folder`/shapes and return its data YAML.
+def draw_shapes(folder: Path, splits: dict[str, int] | None = None, seed: int = 0, carries: Carries = "boxes") -> Path:
+    """Draw a data set once under `folder`, in shapes/, shapes-seg/ or shapes-pose/, and return its data YAML.
 
     The same seed gives the same images. The folder appears whole or not at all.
 
@@ -30,31 +41,33 @@ def draw_shapes(folder: Path, splits: dict[str, int] | None = None, seed: int = 
         folder: where the data set's folder goes.
         splits: number of images by split; by default 512 train, 256 val.
         seed: seed of all that is drawn.
+        carries: what its labels consist of.
     """
-    done = folder / "shapes"
-    if not (done / "shapes.yaml").is_file():
+    name, more = SETS[carries]
+    done = folder / name
+    if not (done / f"{name}.yaml").is_file():
         folder.mkdir(parents=True, exist_ok=True)
         draft = Path(tempfile.mkdtemp(prefix=".shapes-", dir=folder))
         try:
             for number, (split, images) in enumerate((splits or SPLITS).items()):
-                for kind in ("images", "labels", "polygons"):
+                for kind in ("images", "labels"):
                     (draft / kind / split).mkdir(parents=True)
                 for i in range(images):
-                    _write(draft, split, i, np.random.default_rng([seed, number, i]))
-            (draft / "shapes.yaml").write_text(YAML)
+                    _write(draft, split, i, np.random.default_rng([seed, number, i]), carries)
+            (draft / f"{name}.yaml").write_text(YAML + more)
             draft.chmod(0o755)  # mkdtemp makes folders for the user alone
             if not done.exists():  # else another run has been faster
                 os.rename(draft, done)
         finally:
             shutil.rmtree(draft, ignore_errors=True)
-    return done / "shapes.yaml"
+    return done / f"{name}.yaml"
 
 
-def _write(folder: Path, split: str, i: int, rng: np.random.Generator) -> None:
-    """Draw image i and write it with its boxes and polygons."""
+def _write(folder: Path, split: str, i: int, rng: np.random.Generator, carries: Carries) -> None:
+    """Draw image i and write it with its labels."""
     height, width = SIZES[rng.integers(len(SIZES))]
     image = _background(height, width, rng)
-    boxes, polygons = [], []
+    rows = []
     objects = 0 if rng.random() < 0.06 else int(rng.integers(1, 7))
     taken: list[tuple[float, float, float]] = []
     for _ in range(objects):
@@ -68,12 +81,21 @@ def _write(folder: Path, split: str, i: int, rng: np.random.Generator) -> None:
         colour = rng.integers(0, 256, 3).tolist()
         cv2.fillPoly(image, [np.round(points * 16).astype(np.int32)], colour, cv2.LINE_AA, shift=4)
         points = np.clip(points / (width, height), 0, 1)
-        (x1, y1), (x2, y2) = points.min(0), points.max(0)
-        boxes.append(f"{kind} {(x1 + x2) / 2:.6f} {(y1 + y2) / 2:.6f} {x2 - x1:.6f} {y2 - y1:.6f}\n")
-        polygons.append(f"{kind} {' '.join(f'{v:.6f}' for v in points.ravel())}\n")
+        rows.append(f"{kind} {' '.join(f'{value:.6f}' for value in _label(points, carries))}\n")
     cv2.imwrite(str(folder / "images" / split / f"{i:06d}.jpg"), image, [cv2.IMWRITE_JPEG_QUALITY, 92])
-    (folder / "labels" / split / f"{i:06d}.txt").write_text("".join(boxes))
-    (folder / "polygons" / split / f"{i:06d}.txt").write_text("".join(polygons))
+    (folder / "labels" / split / f"{i:06d}.txt").write_text("".join(rows))
+
+
+def _label(outline: np.ndarray, carries: Carries) -> list[float]:
+    """The numbers of an object with this outline (k, 2), normalised, as a row of a label file has them."""
+    if carries == "polygons":
+        return outline.ravel().tolist()
+    (x1, y1), (x2, y2) = outline.min(0), outline.max(0)
+    box = [(x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1]
+    if carries == "boxes":
+        return box
+    x, y = outline.T
+    return [*box, *(value for i in (y.argmin(), x.argmax(), y.argmax(), x.argmin()) for value in (*outline[i], 2.0))]
 
 
 def _background(height: int, width: int, rng: np.random.Generator) -> np.ndarray:

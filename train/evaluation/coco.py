@@ -1,8 +1,4 @@
-"""COCO's metric: the twelve numbers, the curves behind them, and what goes wrong.
-
-Detections are float64 rows (image id, x, y, width, height, score, category id): x, y is the top left corner, in pixels
-of the original image.
-"""
+"""COCO's metric: the twelve numbers (of keypoints ten), the curves behind them, and what goes wrong."""
 
 import contextlib
 import io
@@ -14,6 +10,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from train.config.errors import InputError
+from train.evaluation.detections import Detections, prefix
 from train.evaluation.truth import Truth
 
 try:
@@ -23,8 +20,11 @@ except ImportError as error:  # then pycocotools does what both can do
 
 # COCOeval.stats in its order
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+KEYPOINT_METRICS = ("AP", "AP50", "AP75", "APm", "APl", "AR", "AR50", "AR75", "ARm", "ARl")
+KEYPOINT_DETS = 20  # detections in an image that COCO measures keypoints at
 AT_BEST = ("P", "R", "F1")  # at the confidence with the highest mean F1
-COLUMNS = ("images", "boxes", *AT_BEST, "AP50", "AP75", "AP")  # of the table by class
+MEASURED = (*AT_BEST, "AP50", "AP75", "AP")  # of each class
+COLUMNS = ("images", "boxes", *MEASURED)  # of the table by class
 CHUNK = 256  # images that are matched at a time
 
 
@@ -50,31 +50,40 @@ class Curves:
         return int(measured.mean(0).argmax()) if len(measured) else 0
 
 
-def metric_names(max_dets: tuple[int, int, int]) -> tuple[str, ...]:
-    """COCO's twelve names, the AR named after the detections per image, and P, R and F1."""
-    return (*METRICS[:6], *(f"AR{count}" for count in max_dets), *METRICS[9:], *AT_BEST)
+def metric_names(max_dets: tuple[int, int, int], iou_types: tuple[str, ...] = ("bbox",)) -> tuple[str, ...]:
+    """The names of COCO's numbers by each of these, the AR named after the detections per image, and P, R and F1."""
+    found: list[str] = []
+    for iou_type in iou_types:
+        names = (*METRICS[:6], *(f"AR{count}" for count in max_dets), *METRICS[9:])
+        found += (prefix(iou_type) + name for name in (KEYPOINT_METRICS if iou_type == "keypoints" else names))
+        found += (prefix(iou_type) + name for name in AT_BEST)
+    return tuple(found)
 
 
 def coco_metrics(
     truth: Truth,
-    detections: np.ndarray,
+    detections: Detections,
     evaluator: str = "hotcoco",
     max_dets: tuple[int, int, int] = (1, 10, 100),
+    iou_type: str = "bbox",
 ) -> tuple[dict[str, float], Curves]:
-    """COCO's twelve numbers, with P, R and F1 at the confidence of the highest mean F1, and the curves behind them.
+    """COCO's numbers, with P, R and F1 at the confidence of the highest mean F1, and the curves behind them.
 
     Args:
         truth: of the split.
-        detections: (n, 7) float64 rows by image id, see the module's first lines.
+        detections: on it.
         evaluator: `hotcoco`, or `pycocotools` through that package alone; the numbers are the same, bit for bit.
-        max_dets: detections per image that AR is measured at; AP is measured at the last.
+        max_dets: detections per image that AR is measured at; AP is measured at the last. Keypoints have COCO's own.
+        iou_type: COCO's `bbox`, `segm` or `keypoints`.
     """
+    counts = [KEYPOINT_DETS] if iou_type == "keypoints" else list(max_dets)
     with contextlib.redirect_stdout(io.StringIO()):  # both print their table; the caller decides what is shown
-        result = (_hotcoco if evaluator == "hotcoco" else _pycocotools)(truth, detections, list(max_dets))
+        result = (_hotcoco if evaluator == "hotcoco" else _pycocotools)(truth, detections, counts, iou_type)
         result.accumulate()
         result.summarize()
     precision, scores = (result.eval[name][:, :, :, 0, -1] for name in ("precision", "scores"))  # (IoUs, recalls, K)
-    metrics = dict(zip(metric_names(max_dets), map(float, result.stats), strict=False))
+    names = KEYPOINT_METRICS if iou_type == "keypoints" else metric_names(max_dets)
+    metrics = dict(zip(names, map(float, result.stats), strict=False))
     metrics["AP"] = _mean(precision)  # pycocotools' own is fixed to 100 detections; with 100 it is this
     categories = range(precision.shape[2])
     ap = {
@@ -88,36 +97,54 @@ def coco_metrics(
     return metrics, curves
 
 
-def _hotcoco(truth: Truth, detections: np.ndarray, max_dets: list[int]) -> Any:
+def _hotcoco(truth: Truth, detections: Detections, max_dets: list[int], iou_type: str) -> Any:
     """hotcoco's evaluator after matching. Matched in chunks of images it needs half the memory, for the same bits."""
     if hotcoco is None:
         raise InputError(f"hotcoco cannot be imported: {missing}. Mend that, or say --coco-eval pycocotools.")
-    params = hotcoco.Params("bbox")
+    params = hotcoco.Params(iou_type)
     params.maxDets = max_dets
-    stream = hotcoco.StreamingEval(truth.categories, "bbox", params=params)
+    if iou_type == "keypoints":
+        params.kpt_oks_sigmas = [*truth.sigmas]
+    stream = hotcoco.StreamingEval(truth.categories, iou_type, params=params)
     order, before = np.argsort(truth.ids, kind="stable"), 0
     for start in range(0, len(order), CHUNK):
         places = order[start : start + CHUNK]
-        first, last = np.searchsorted(detections[:, 0], (truth.ids[places[0]], truth.ids[places[-1]] + 1))
-        annotations = truth.annotations(places, before + 1)
-        stream.update([truth.size_of(i) for i in places], annotations, detections[first:last])
+        part = detections.between(int(truth.ids[places[0]]), int(truth.ids[places[-1]]))
+        annotations = truth.annotations(places, before + 1, iou_type)
+        found = part.rows if iou_type == "bbox" else _with_areas(part, truth, places, iou_type)
+        stream.update([truth.size_of(i) for i in places], annotations, found)
         before += len(annotations)
     return stream.finalize()
 
 
-def _pycocotools(truth: Truth, detections: np.ndarray, max_dets: list[int]) -> Any:
+def _with_areas(detections: Detections, truth: Truth, places: np.ndarray, iou_type: str) -> list[dict[str, Any]]:
+    """Results of the images at these places, as pycocotools' `loadRes` would complete them: where a file has boxes,
+    their areas are the detections'.
+    """
+    found = [*detections.results(iou_type, truth.sizes_by_id(places))]
+    if detections.area_of_box:
+        for one, row in zip(found, detections.rows.tolist(), strict=True):
+            one |= {"bbox": row[1:5], "area": row[3] * row[4]}
+    return found
+
+
+def _pycocotools(truth: Truth, detections: Detections, max_dets: list[int], iou_type: str) -> Any:
     """pycocotools' evaluator after matching."""
     coco = COCO()
     coco.dataset = truth.dataset()
     coco.createIndex()
+    places = np.arange(len(truth))
     if len(detections):
-        found = coco.loadRes(detections)
+        whole = detections.rows if iou_type == "bbox" else _with_areas(detections, truth, places, iou_type)
+        found = coco.loadRes(whole)
     else:  # loadRes fails on none at all
         found = COCO()
         found.dataset = coco.dataset | {"annotations": []}
         found.createIndex()
-    result = COCOeval(coco, found, "bbox")
+    result = COCOeval(coco, found, iou_type)
     result.params.maxDets = max_dets
+    if iou_type == "keypoints":
+        result.params.kpt_oks_sigmas = np.array(truth.sigmas)
     result.evaluate()
     return result
 
@@ -149,8 +176,10 @@ def _by_confidence(precision: np.ndarray, scores: np.ndarray) -> tuple[np.ndarra
     return precision.T, p, r, f1
 
 
-def diagnose(truth: Truth, detections: np.ndarray, confidence: float = 0.25) -> dict[str, Any] | None:
+def diagnose(truth: Truth, detections: Detections, confidence: float = 0.25) -> dict[str, Any] | None:
     """What goes wrong, from hotcoco, on the detections from that confidence on; None where hotcoco is not installed.
+
+    It is by masks where there are such, else by boxes: of keypoints hotcoco's confusion is empty.
 
     Returns:
         `confusion`: (K+1, K+1) counts, rows truth, columns detections, the last for background, in the order of the
@@ -161,15 +190,24 @@ def diagnose(truth: Truth, detections: np.ndarray, confidence: float = 0.25) -> 
         return None
     with contextlib.redirect_stdout(io.StringIO()):
         marks, images = truth.marks(), [truth.size_of(i) for i in range(len(truth))]
+        places, masked = range(len(truth)), detections.masks is not None
         coco = hotcoco.COCO.from_arrays(
             images, truth.categories, truth.ids[marks.image], marks.category, marks.boxes,
             area=marks.area, iscrowd=marks.crowd,
+            segmentation=[mask for place in places for mask in truth.masks(place)] if masked else None,
         )  # fmt: skip
-        everything = hotcoco.COCOeval(coco, coco.loadRes(detections), "bbox")
-        everything.evaluate()
-        tide = everything.tide_errors()["delta_ap"]
-        sure = hotcoco.COCOeval(coco, coco.loadRes(detections[detections[:, 5] >= confidence]), "bbox")
-        sure.evaluate()
+
+        def matched(found: Detections) -> Any:
+            sizes = truth.sizes_by_id(np.array(places))
+            outlines = [one["segmentation"] for one in found.results("segm", sizes)] if masked else None
+            result = hotcoco.COCOeval(
+                coco, coco.loadRes(found.rows, segmentation=outlines), "segm" if masked else "bbox"
+            )
+            result.evaluate()
+            return result
+
+        tide = matched(detections).tide_errors()["delta_ap"]
+        sure = matched(detections.sure(confidence))
         return {
             "confusion": sure.confusion_matrix()["matrix"],
             "tide": {kind: tide[kind] for kind in ("Cls", "Loc", "Both", "Dupe", "Bkg", "Miss")},

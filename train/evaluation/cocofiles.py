@@ -2,7 +2,7 @@
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +10,13 @@ import numpy as np
 from accelerate import Accelerator
 
 from train.config.errors import InputError
+from train.config.objects import Carries, Objects
 from train.config.options import EvalConfig
 from train.config.plain import checked_name
 from train.data.formats import check_regular
 from train.data.labels import Labels
+from train.evaluation.detections import Detections
+from train.evaluation.runlengths import are_polygons, counts_of, is_mask
 from train.evaluation.truth import Marks, Truth
 from train.processes.collectives import on_main
 
@@ -43,8 +46,12 @@ def _span(ids: list[int]) -> str:
     return f"{min(ids)} to {max(ids)}" if ids else "none"
 
 
-def read_annotations(file: str) -> Truth:
-    """A COCO annotation file with boxes, as far as this project uses it.
+def read_annotations(file: str, carries: Carries = "boxes") -> Truth:
+    """A COCO annotation file, as far as this project uses it.
+
+    Args:
+        file: its name.
+        carries: what is needed of the annotations beside their boxes.
 
     Raises:
         InputError: it is not one.
@@ -78,6 +85,7 @@ def read_annotations(file: str) -> Truth:
                     "bbox": [float(x) for x in a["bbox"]],
                     "area": float(a.get("area", a["bbox"][2] * a["bbox"][3])),
                     "iscrowd": int(a.get("iscrowd", 0)),
+                    "beside": _beside(a, carries),
                 }
                 for number, a in enumerate(each("annotations"), 1)
             ],
@@ -106,11 +114,46 @@ def read_annotations(file: str) -> Truth:
                 f"--annotations {file}: annotation {a['id']} is of image {a['image_id']} and category "
                 f"{a['category_id']}, which the file does not list."
             )
+    _check_beside(truth, carries, f"--annotations {file}")
     return as_truth(truth)
 
 
-def as_truth(content: dict[str, Any]) -> Truth:
-    """A COCO annotation dict as arrays."""
+def _beside(annotation: dict[str, Any], carries: Carries) -> dict[str, Any] | None:
+    """What an annotation has beside its box; None where it is not needed."""
+    if carries == "polygons":
+        return {"segmentation": annotation["segmentation"]}
+    if carries == "keypoints":
+        points = [float(value) for value in annotation["keypoints"]]
+        seen = annotation.get("num_keypoints", sum(v > 0 for v in points[2::3]))
+        return {"keypoints": points, "num_keypoints": int(seen)}
+    return None
+
+
+def _check_beside(truth: dict[str, list[dict[str, Any]]], carries: Carries, source: str) -> None:
+    """Raise InputError where a mask or keypoints are not what COCO has there."""
+    sizes = {image["id"]: (image["height"], image["width"]) for image in truth["images"]}
+    numbers = {len(a["beside"]["keypoints"]) for a in truth["annotations"]} if carries == "keypoints" else set()
+    if len(numbers) > 1 or any(number == 0 or number % 3 for number in numbers):
+        raise InputError(
+            f"{source}: its keypoints are lists of {', '.join(map(str, sorted(numbers)))} numbers; each must have x, y "
+            "and visibility of equally many."
+        )
+    for a in truth["annotations"] if carries == "polygons" else ():
+        mask, size = a["beside"]["segmentation"], sizes[a["image_id"]]
+        if not are_polygons(mask) and not is_mask(mask, size):
+            raise InputError(
+                f"{source}: the segmentation of annotation {a['id']} is neither polygons, lists of 6 or more numbers, "
+                "nor run lengths (size, counts) of its image."
+            )
+
+
+def as_truth(content: dict[str, Any], sigmas: Sequence[float] = ()) -> Truth:
+    """A COCO annotation dict as arrays.
+
+    Args:
+        content: the dict; `beside` of an annotation is what it has beside its box.
+        sigmas: OKS sigma of each keypoint.
+    """
     images, marks = content["images"], content["annotations"]
     ids = np.array([image["id"] for image in images], np.int64)
     place = {id_: i for i, id_ in enumerate(ids.tolist())}
@@ -125,7 +168,8 @@ def as_truth(content: dict[str, Any]) -> Truth:
     sizes = np.array([(image["height"], image["width"]) for image in images], np.int64).reshape(-1, 2)
     files = [image["file_name"] for image in images]
     own = Marks(image[order], *(column[order] for column in columns))
-    return Truth(ids, content["categories"], sizes, files.__getitem__, own=own)
+    beside = [one for i in order.tolist() if (one := marks[i].get("beside"))]
+    return Truth(ids, content["categories"], sizes, files.__getitem__, own=own, beside=beside, sigmas=sigmas)
 
 
 def own_truth(file: str, labels: Labels, names: dict[int, str], config: EvalConfig, said: Truth) -> Truth:
@@ -170,35 +214,56 @@ def own_truth(file: str, labels: Labels, names: dict[int, str], config: EvalConf
     keep = np.isin(marks.category, sorted(chosen))
     here = np.repeat(np.arange(len(places)), said.first[places + 1] - said.first[places])
     category = np.zeros_like(marks.category) if config.single_cls else marks.category
+    beside = [one for place in found for one in said.outlines(place)]
+    beside = [one for one, kept in zip(beside, keep.tolist(), strict=True) if kept] if beside else []
     marks = Marks(here[keep], category[keep], marks.boxes[keep], marks.area[keep], marks.crowd[keep])
     categories = [{"id": category_ids[index], "name": name} for index, name in names.items()]
-    return Truth(said.ids[places], categories, said.sizes[places], labels.file, own=marks)
+    return Truth(said.ids[places], categories, said.sizes[places], labels.file, own=marks, beside=beside)
 
 
-def read_predictions(file: str) -> np.ndarray:
-    """The rows of a COCO results file, by image id, in the file's order within an image.
+def read_predictions(file: str) -> Detections:
+    """A COCO results file, by image id, in the file's order within an image. What its first entry has the others have.
 
     Raises:
         InputError: it is not a results file.
     """
+    masks: list[bytes] | None = None
+    keypoints = None
     try:
         content = _json(file)
         if not isinstance(content, list):
             raise KeyError("image_id")
-        rows = np.array([[d["image_id"], *d["bbox"], d["score"], d["category_id"]] for d in content], dtype=np.float64)
-        rows = rows.reshape(len(content), 7)
+        first = content[0] if content else {"bbox": []}
+        boxed = "bbox" in first
+        nothing = [0.0] * 4
+        rows = np.array(
+            [[d["image_id"], *(d["bbox"] if boxed else nothing), d["score"], d["category_id"]] for d in content],
+            dtype=np.float64,
+        ).reshape(len(content), 7)
+        order = np.argsort(rows[:, 0], kind="stable")
+        if "segmentation" in first:
+            masks = [counts_of(content[i]["segmentation"]) for i in order]
+        if "keypoints" in first:
+            keypoints = np.array([content[i]["keypoints"] for i in order], np.float64).reshape(len(content), -1, 3)
+        if not boxed and masks is None and keypoints is None:
+            raise KeyError("bbox")
     except UNREADABLE as error:
         raise InputError(
-            f"--predictions {file} is not a COCO results file, a list of image_id, category_id, bbox, score: "
-            f"{_reason(error, 'an entry')}"
+            f"--predictions {file} is not a COCO results file, a list of image_id, category_id, score and bbox, "
+            f"segmentation or keypoints: {_reason(error, 'an entry')}"
         ) from None
-    if not np.isfinite(rows).all():
+    if not np.isfinite(rows).all() or (keypoints is not None and not np.isfinite(keypoints).all()):
         raise InputError(f"--predictions {file} holds a value that is not a finite number.")
-    return rows[np.argsort(rows[:, 0], kind="stable")]
+    return Detections(rows[order], masks, keypoints, boxed, area_of_box=boxed)
 
 
-def check_predictions(file: str, rows: np.ndarray, truth: Truth) -> None:
+def check_predictions(file: str, found: Detections, truth: Truth) -> None:
     """Raise InputError where detections name images or categories that the truth does not have."""
+    rows = found.rows
+    if found.keypoints is not None and len(found) and found.keypoints.shape[1] != len(truth.sigmas):
+        raise InputError(
+            f"--predictions {file} has {found.keypoints.shape[1]} keypoints an object, the truth {len(truth.sigmas)}."
+        )
     for column, what, known in ((0, "image", truth.ids.tolist()), (6, "category", [*truth.names])):
         unknown = np.setdiff1d(rows[:, column], known)
         if len(unknown):
@@ -208,23 +273,28 @@ def check_predictions(file: str, rows: np.ndarray, truth: Truth) -> None:
             )
 
 
-def read_annotated(config: EvalConfig, accelerator: Accelerator) -> Truth | None:
+def read_annotated(config: EvalConfig, accelerator: Accelerator, carries: Carries = "boxes") -> Truth | None:
     """What --annotations says, for `read_truth`; the main process alone reads it and has it (collective).
 
     Call it before the labels are read: they may take minutes.
+
+    Args:
+        config: names the annotation file.
+        accelerator: of the run.
+        carries: what is needed of the annotations.
 
     Raises:
         InputError: on all ranks, where it cannot be used.
     """
     said: list[Truth] = []
     if config.annotations:
-        on_main(accelerator, lambda: said.append(read_annotations(config.annotations)))
+        on_main(accelerator, lambda: said.append(read_annotations(config.annotations, carries)))
     return said[0] if said else None
 
 
 def read_truth(
     labels: Labels | None,
-    names: dict[int, str],
+    objects: Objects,
     config: EvalConfig,
     accelerator: Accelerator,
     annotated: Truth | None = None,
@@ -236,23 +306,36 @@ def read_truth(
 
     Args:
         labels: of the images; None for all in the annotation file.
-        names: of the classes.
+        objects: of the data set.
         config: names the annotation file.
         accelerator: of the run.
-        annotated: what it says, where the main process has read it already.
+        annotated: what `read_annotated` has returned.
 
     Raises:
         InputError: on all ranks, where the annotation file cannot be used.
     """
+    sigmas = getattr(config, "sigmas", None) or ()
     if not config.annotations:
         assert labels is not None
-        return Truth.of_labels(labels, names)
+        truth = Truth.of_labels(labels, objects.names, sigmas)
+        truth.keypoint_names = objects.keypoint_names
+        return truth
     whole: list[Truth] = []
 
     def read() -> tuple[np.ndarray, list[dict[str, Any]]]:
-        said = read_annotations(config.annotations) if annotated is None else annotated
-        whole.append(said if labels is None else own_truth(config.annotations, labels, names, config, said))
-        return whole[0].ids, whole[0].categories
+        assert annotated is not None
+        said = annotated
+        if labels is not None:
+            said = own_truth(config.annotations, labels, objects.names, config, annotated)
+        said.sigmas, said.keypoint_names = sigmas, objects.keypoint_names
+        number = {len(one["keypoints"]) // 3 for one in said.beside[:1] if "keypoints" in one}
+        if number and number != {len(sigmas)}:
+            raise InputError(
+                f"--annotations {config.annotations} has {number.pop()} keypoints an object, where {len(sigmas)} are "
+                "expected."
+            )
+        whole.append(said)
+        return said.ids, said.categories
 
     ids, categories = on_main(accelerator, read)
     if labels is not None:

@@ -1,7 +1,6 @@
 """Evaluation on all ranks: detections of this rank's images, one gather, one AP.
 
-`evaluate()` is the only evaluation path; training and validate.py both call it. Detections are float64 rows
-(image id, x, y, width, height, score, category id): x, y is the top left corner, in pixels of the original image.
+`evaluate()` is the only evaluation path; training and validate.py both call it.
 """
 
 import time
@@ -14,13 +13,15 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from ultralytics.utils.ops import scale_boxes, xyxy2ltwh
+from ultralytics.utils.ops import xyxy2ltwh
 
 from train.config.options import EvalConfig
 from train.data.loaders import as_images
 from train.evaluation.coco import AT_BEST, Curves, coco_metrics
+from train.evaluation.detections import Detections, prefix
 from train.evaluation.truth import Truth
-from train.model.inference import detect, validation_losses
+from train.model.inference import detect, in_original, validation_losses
+from train.model.tasks import task_of
 from train.processes.collectives import on_main
 from train.processes.signals import Ended
 from train.processes.stops import Stop
@@ -32,19 +33,24 @@ STAGES = ("data", "inference", "postprocess", "gather", "metric")
 class Evaluation:
     """What was found. Every rank holds the same, but the detections: they are the main process's alone."""
 
-    metrics: dict[str, float]  # COCO's twelve, by METRICS; P, R, F1; -1 where there is nothing to measure
-    per_class: dict[str, dict[str, float]]  # images, boxes, P, R, F1, AP50, AP75, AP by class name
-    curves: Curves
+    metrics: dict[str, float]  # by `metric_names`; -1 where there is nothing to measure
+    per_class: dict[str, dict[str, float]]  # images, boxes, and by iou type MEASURED, by class name
+    curves: dict[str, Curves]  # by iou type
     images: int
     boxes: int
+    detections: Detections
     losses: dict[str, float] = field(default_factory=dict)  # mean over the images, where the model has a criterion
     seconds: dict[str, tuple[float, float]] = field(default_factory=dict)  # by STAGES: of the slowest rank, and mean
-    detections: np.ndarray = field(default_factory=lambda: np.zeros((0, 7)))  # float64, by image id, NMS order within
+
+    @property
+    def iou_types(self) -> tuple[str, ...]:
+        """What was measured."""
+        return tuple(self.curves)
 
     @property
     def fitness(self) -> float:
-        """Ultralytics' measure of the best epoch."""
-        return 0.1 * self.metrics["AP50"] + 0.9 * self.metrics["AP"]
+        """Ultralytics' measure of the best epoch: the AP of boxes, and that of masks or keypoints added to it."""
+        return sum(self.metrics[f"{prefix(iou_type)}AP"] for iou_type in self.iou_types)
 
 
 class _Laps:
@@ -86,10 +92,11 @@ def evaluate(
         Ended: on all ranks, where one was told to end.
         RuntimeError: on all ranks, where an image was evaluated twice or not at all, or the ranks' weights differ.
     """
-    laps = _Laps(accelerator.device)
+    laps, task = _Laps(accelerator.device), task_of(model)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.mixed_precision or "no")
     ids: list[int] = []
     found: list[torch.Tensor] = []
+    extras: list[Any] = []
     losses: list[tuple[int, int, torch.Tensor]] = []  # first image, images, mean losses
     for batch in loader:
         if stop is not None and stop.asked is not None:
@@ -101,11 +108,12 @@ def evaluate(
         if model.criterion is not None:
             losses.append((batch["id"][0], len(images), validation_losses(raw, model, batch)))
         laps.end("inference")
-        boxes = detect(raw, model, config.conf, config.iou, config.max_det)
-        for box, shape, ratio_pad in zip(boxes, batch["ori_shape"], batch["ratio_pad"], strict=True):
-            scale_boxes(images.shape[2:], box[:, :4], shape, ratio_pad)  # in place
+        here = detect(raw, model, config.conf, config.iou, config.max_det)
+        boxes, beside = in_original(here, raw, model, batch)
         ids += batch["id"]
         found += boxes
+        extras += beside
+        del here, beside
         del images, raw  # else they would live through the next forward
         laps.end("postprocess")
     if stop is not None:
@@ -115,9 +123,10 @@ def evaluate(
         "ids": ids,
         "counts": [len(boxes) for boxes in found],
         "boxes": torch.cat(found).cpu().numpy() if found else np.zeros((0, 6), np.float32),  # the one copy to the host
+        "extras": _joined(extras),
         "losses": [(first, images, items.tolist()) for first, images, items in losses],
     }
-    del found
+    del found, extras
     # Collective, and one element per rank: a flat list would be cut to the size of the last batch.
     shards = accelerator.gather_for_metrics([shard], use_gather_object=True)
     _check_ids([i for shard in shards for i in shard["ids"]], truth.ids.tolist())
@@ -125,11 +134,12 @@ def evaluate(
         raise RuntimeError("The ranks evaluated different weights: " + ", ".join(shard["weights"] for shard in shards))
     means = _mean_losses([batch for shard in shards for batch in shard["losses"]])
     categories = np.array([*truth.names], dtype=np.float64)
-    main = accelerator.is_main_process  # nobody else needs them
-    rows = _as_rows(shards, categories) if main else np.zeros((0, 7))
+    if not accelerator.is_main_process:  # nobody else needs them
+        shards = []
+    detections = as_detections(shards, categories, task.iou_types)
     del shard, shards
     laps.end("gather")
-    result = measure(truth, rows, config, accelerator, stop)
+    result = measure(truth, detections, config, accelerator, stop)
     laps.end("metric")
     seconds = accelerator.gather(torch.tensor([list(laps.seconds.values())], device=accelerator.device))  # (ranks, 5)
     slowest, mean = seconds.amax(0).tolist(), seconds.mean(0).tolist()
@@ -139,40 +149,49 @@ def evaluate(
 
 
 def measure(
-    truth: Truth, rows: np.ndarray, config: EvalConfig, accelerator: Accelerator, stop: Stop | None = None
+    truth: Truth, detections: Detections, config: EvalConfig, accelerator: Accelerator, stop: Stop | None = None
 ) -> Evaluation:
     """COCO's metric on the main process, for every rank (collective).
 
     Args:
         truth: of the split.
-        rows: (n, 7) float64 detections, see the module's first lines, by image id.
+        detections: the main process's, by which it is measured; the others have none.
         config: the evaluator and its --max-dets.
         accelerator: of the run.
         stop: of a training, as in `evaluate`.
     """
 
-    def compute() -> tuple[dict[str, float], Curves, Counter, Counter] | Ended:
+    def compute() -> tuple[dict[str, tuple[dict[str, float], Curves]], Counter, Counter] | Ended:
         marks = truth.marks()
         boxes = Counter(marks.category.tolist())
         images = Counter(np.unique(np.stack((marks.category, marks.image)), axis=1)[0].tolist())
         del marks
         try:
             with stop.cutting() if stop is not None else nullcontext():
-                return *coco_metrics(truth, rows, config.coco_eval, config.max_dets), boxes, images
+                options = config.coco_eval, config.max_dets
+                measured = {kind: coco_metrics(truth, detections, *options, kind) for kind in detections.iou_types}
+                return measured, boxes, images
         except Ended as ended:
             return ended
 
     found = on_main(accelerator, compute)
     if isinstance(found, Ended):
         raise found
-    metrics, curves, boxes, images = found
-    best, by_confidence, per_class = curves.best, (curves.p, curves.r, curves.f1), {}
-    for id_, name in truth.names.items():
-        k = curves.category_ids.index(id_)
-        ap = {metric: float(values[k]) for metric, values in curves.ap.items()}
-        pr = {metric: float(values[k, best]) for metric, values in zip(AT_BEST, by_confidence, strict=True)}
-        per_class[name] = {"images": images[id_], "boxes": boxes[id_]} | pr | ap
-    return Evaluation(metrics, per_class, curves, len(truth), sum(boxes.values()), detections=rows)
+    measured, boxes, images = found
+    per_class: dict[str, dict[str, float]] = {
+        name: {"images": images[id_], "boxes": boxes[id_]} for id_, name in truth.names.items()
+    }
+    metrics: dict[str, float] = {}
+    for kind, (values, curves) in measured.items():
+        metrics |= {prefix(kind) + name: value for name, value in values.items()}
+        by_confidence = dict(zip(AT_BEST, (curves.p, curves.r, curves.f1), strict=True))
+        for id_, name in truth.names.items():
+            k = curves.category_ids.index(id_)
+            own = {metric: float(table[k, curves.best]) for metric, table in by_confidence.items()}
+            own |= {metric: float(column[k]) for metric, column in curves.ap.items()}
+            per_class[name] |= {prefix(kind) + metric: value for metric, value in own.items()}
+    every = {kind: curves for kind, (_, curves) in measured.items()}
+    return Evaluation(metrics, per_class, every, len(truth), sum(boxes.values()), detections)
 
 
 def _mean_losses(batches: list[tuple[int, int, list[float]]]) -> list[float]:
@@ -182,10 +201,25 @@ def _mean_losses(batches: list[tuple[int, int, list[float]]]) -> list[float]:
     return (np.sum(weighted, 0) / images).tolist() if batches else []
 
 
-def _as_rows(shards: list[dict[str, Any]], categories: np.ndarray) -> np.ndarray:
-    """The ranks' boxes (n, 6), xyxy in original pixels, as COCO rows (m, 7) float64 by image id."""
+def _joined(extras: list[Any]) -> list[bytes] | np.ndarray | None:
+    """What the detections of all images have beside boxes: one list, or one array on the host."""
+    if not extras or extras[0] is None:
+        return None
+    if torch.is_tensor(extras[0]):
+        keypoints: np.ndarray = torch.cat(extras).cpu().numpy()
+        return keypoints
+    return [one for image in extras for one in image]
+
+
+def as_detections(
+    shards: list[dict[str, Any]], categories: np.ndarray, iou_types: tuple[str, ...] = ("bbox",)
+) -> Detections:
+    """The ranks' boxes (n, 6), xyxy in original pixels, and what is beside them, as COCO's rows by image id."""
+    if not shards:
+        return Detections(np.zeros((0, 7)))
     image = np.concatenate([np.repeat(np.array(shard["ids"], np.float64), shard["counts"]) for shard in shards])
     boxes = np.concatenate([shard["boxes"] for shard in shards])
+    extras = [shard["extras"] for shard in shards if shard.get("extras") is not None]
     # Stable: an image's detections come from one rank, and their NMS order decides between tied scores.
     order = np.argsort(image, kind="stable")
     rows = np.empty((len(image), 7))
@@ -193,7 +227,13 @@ def _as_rows(shards: list[dict[str, Any]], categories: np.ndarray) -> np.ndarray
     rows[:, 1:5] = xyxy2ltwh(boxes[order, :4].astype(np.float64))
     rows[:, 5] = boxes[order, 4]
     rows[:, 6] = categories[boxes[order, 5].astype(int)]
-    return rows
+    found = Detections(rows)
+    if "segm" in iou_types:
+        masks = [mask for part in extras for mask in part]
+        found.masks = [masks[i] for i in order]
+    if "keypoints" in iou_types:
+        found.keypoints = np.concatenate(extras)[order].astype(np.float64) if extras else np.zeros((0, 0, 3))
+    return found
 
 
 def _check_ids(evaluated: list[int], expected: list[int]) -> None:

@@ -7,10 +7,11 @@ import yaml
 from ultralytics.nn.tasks import DetectionModel, yaml_model_load
 
 from train.config.errors import InputError
+from train.config.objects import Objects
 from train.config.plain import shown
+from train.model.tasks import HEADS, Task, check_head
 
-HEADS = ("Detect", "v10Detect")
-LAYERS = frozenset({  # of Ultralytics' detectors; none fetches anything, as its TorchVision does
+LAYERS = frozenset({  # of Ultralytics' YOLO models; none fetches anything, as its TorchVision does
     "A2C2f", "AConv", "ADown", "Bottleneck", "BottleneckCSP", "C1", "C2", "C2PSA", "C2f", "C2fCIB", "C2fPSA", "C3",
     "C3Ghost", "C3TR", "C3k2", "C3x", "CBFuse", "CBLinear", "Concat", "Conv", "ConvTranspose", "DWConv",
     "DWConvTranspose2d", "ELAN1", "Focus", "GhostBottleneck", "GhostConv", "HGBlock", "HGStem", "PSA", "RepC3",
@@ -19,11 +20,15 @@ LAYERS = frozenset({  # of Ultralytics' detectors; none fetches anything, as its
 })  # fmt: skip
 
 
-def read_architecture(file: str) -> dict[str, Any]:
+def read_architecture(file: str, task: Task | None = None) -> dict[str, Any]:
     """A model YAML, Ultralytics' own by its name (yolov8n.yaml is yolov8.yaml at scale n) or a file.
 
+    Args:
+        file: the YAML.
+        task: that the model is to be of; unset admits any.
+
     Raises:
-        InputError: there is none, or it is not one of a detector.
+        InputError: there is none, or it is not one of a YOLO model.
     """
     if os.path.exists(file) and not os.path.isfile(file):
         raise InputError(f"--model {file} is not a file.")
@@ -37,12 +42,14 @@ def read_architecture(file: str) -> dict[str, Any]:
         ours = isinstance(error, yaml.YAMLError | OSError)
         reason = " ".join(str(error).split())[:200] if ours else "it is no mapping with a backbone and a head"
         raise InputError(f"--model {file} is not a YAML that can be read: {reason}") from None
-    check_architecture(content, f"--model {file}")
+    check_architecture(content, f"--model {file}", task)
     return content
 
 
-def check_architecture(content: Any, source: str) -> None:
-    """Raise InputError where a model's description names layers that are not known here, or is none."""
+def check_architecture(content: Any, source: str, task: Task | None = None) -> None:
+    """Raise InputError where a model's description names layers that are not known here, is of another task, or is
+    none.
+    """
     if isinstance(content, dict) and "names" in content and ("train" in content or "val" in content):
         raise InputError(f"{source} is the YAML of a data set; that is --data.")
     rows: list[Any] = []
@@ -56,9 +63,7 @@ def check_architecture(content: Any, source: str) -> None:
             raise InputError(
                 f"{source}: layer {number} is {shown(row)}; it must be [from, number, module, [arguments]]."
             )
-    last = rows[-1][2]
-    if last not in HEADS:
-        raise InputError(f"{source} ends in a {last[:40]} head; these scripts are for YOLO detection models.")
+    check_head(rows[-1][2], source, task)
     for number, row in enumerate(rows):
         if row[2] not in LAYERS:
             raise InputError(
@@ -67,15 +72,27 @@ def check_architecture(content: Any, source: str) -> None:
             )
 
 
-def build_detector(content: dict[str, Any], channels: int, classes: int, source: str) -> DetectionModel:
-    """A detector with new weights out of a checked description.
+def build_detector(content: dict[str, Any], task: Task, objects: Objects, source: str) -> DetectionModel:
+    """A model with new weights out of a checked description.
+
+    Args:
+        content: the description.
+        task: of the model.
+        objects: that it is to find.
+        source: of the description, as a message begins.
 
     Raises:
         InputError: its layers do not fit each other.
     """
-    check_architecture(content, source)
+    check_architecture(content, source, task)
+    more: dict[str, Any] = {}
+    if task.carries == "keypoints":  # as a list, with which Ultralytics compares; and it prints where they differ
+        content = content | {"kpt_shape": [*objects.keypoints]}
+        more = {"data_kpt_shape": content["kpt_shape"]}
     try:
-        return DetectionModel(content, ch=channels, nc=classes, verbose=False)
+        model = task.model(content, ch=objects.channels, nc=len(objects.names), verbose=False, **more)
     except Exception as error:  # a description may be wrong in as many ways as there are layers
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{source} cannot be built: {type(error).__name__}: {reason}") from None
+    model.names = objects.names  # by which load() matches the head's rows
+    return model

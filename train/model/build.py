@@ -16,31 +16,33 @@ from ultralytics.utils.torch_utils import get_flops, get_num_params
 
 import train
 from train.config.errors import InputError
+from train.config.objects import Objects
 from train.config.options import TrainConfig
 from train.model.architecture import build_detector, read_architecture
+from train.model.tasks import TASKS
 from train.model.weights import load_detector
 
+KEPT = ("box", "cls", "dfl", "pose", "kobj", "rle", "overlap_mask", "epochs")  # what losses find with the model
 
-def build_model(config: TrainConfig, source: str, names: dict[int, str], channels: int) -> tuple[DetectionModel, str]:
+
+def build_model(config: TrainConfig, source: str, objects: Objects) -> tuple[DetectionModel, str]:
     """The model to train, on the CPU, and a sentence on where its weights come from.
 
     Args:
-        config: gives the loss gains, which Ultralytics keeps with the model.
+        config: gives the task, and the loss gains, which Ultralytics keeps with the model.
         source: path that `fetch_weights` returned.
-        names: class names of the data set by class index.
-        channels: image channels.
+        objects: of the data set.
     """
-    weights = None
+    weights, task = None, TASKS[config.task]
     if source.endswith(".pt"):
-        weights, _ = load_detector(source, config.trust_checkpoint)
+        weights, _ = load_detector(source, config.trust_checkpoint, task)
         architecture = dict(weights.yaml)
         own = architecture.get("channels", 3)
-        if own != channels:
-            raise InputError(f"{config.model} takes images of {own} channels, the data set has {channels}.")
+        if own != objects.channels:
+            raise InputError(f"{config.model} takes images of {own} channels, the data set has {objects.channels}.")
     else:
-        architecture = read_architecture(source)
-    model = build_detector(architecture, channels, len(names), f"--model {config.model}")
-    model.names = names  # before load(), so that the head's rows are matched by class name
+        architecture = read_architecture(source, task)
+    model = build_detector(architecture, task, objects, f"--model {config.model}")
     origin = f"{Path(config.model).name} from scratch"
     if weights is not None:
         before = {key: value.clone() for key, value in model.state_dict().items()}
@@ -53,12 +55,12 @@ def build_model(config: TrainConfig, source: str, names: dict[int, str], channel
             if before[key].shape == value.shape or (key in given and given[key].shape == value.shape)
         )
         origin = f"{taken} of {len(after)} tensors from {config.model}"
-    _prepare(model, config)
+    _prepare(model, config, objects)
     return model, origin
 
 
 def rebuild_model(
-    config: TrainConfig, architecture: dict[str, Any], knows: dict[int, str], names: dict[int, str], channels: int
+    config: TrainConfig, architecture: dict[str, Any], knows: dict[int, str], objects: Objects
 ) -> DetectionModel:
     """The model of a run that is gone on with, whose weights are still to come.
 
@@ -66,23 +68,32 @@ def rebuild_model(
         config: of the run.
         architecture: the model's description, which the run has kept.
         knows: the class names that it was trained on.
-        names: class names of the data set by class index.
-        channels: image channels.
+        objects: of the data set.
     """
-    _check_classes(config, knows, names)
-    if (own := architecture.get("channels", 3)) != channels:
-        raise InputError(f"--resume {config.resume} takes images of {own} channels, the data set has {channels}.")
-    model = build_detector(architecture, channels, len(names), f"--resume {config.resume}")
-    model.names = names
-    _prepare(model, config)
+    _check_classes(config, knows, objects.names)
+    if (own := architecture.get("channels", 3)) != objects.channels:
+        raise InputError(
+            f"--resume {config.resume} takes images of {own} channels, the data set has {objects.channels}."
+        )
+    task = TASKS[config.task]
+    if task.carries == "keypoints" and (own := architecture.get("kpt_shape")) != [*objects.keypoints]:
+        raise InputError(
+            f"--resume {config.resume} finds keypoints of kpt_shape {own}, the data set's are {[*objects.keypoints]}."
+        )
+    model = build_detector(architecture, task, objects, f"--resume {config.resume}")
+    _prepare(model, config, objects)
     return model
 
 
-def _prepare(model: DetectionModel, config: TrainConfig) -> None:
-    """The head that is validated, the gains of the loss, and which parameters are trained."""
+def _prepare(model: DetectionModel, config: TrainConfig, objects: Objects) -> None:
+    """The head that is validated, what the loss finds with the model, and which parameters are trained."""
     if config.end2end is not None:
         set_end2end(model, config.end2end, config.model)
-    model.args = get_cfg(overrides={"box": config.box, "cls": config.cls, "dfl": config.dfl, "epochs": config.epochs})
+    options = vars(config)
+    model.args = get_cfg(overrides={name: options[name] for name in KEPT if name in options})
+    if objects.keypoints and "sigmas" in options:  # as Ultralytics keeps them
+        model.kpt_shape, model.kpt_oks_sigmas = [*objects.keypoints], [*options["sigmas"]]
+        model.kpt_names = {index: [*objects.keypoint_names] for index in objects.names}
     frozen = _frozen_layers(model, config.freeze)
     for name, parameter in model.named_parameters():  # the DFL's weights are the integers it sums over
         parameter.requires_grad = ".dfl" not in name and not name.startswith(frozen)
@@ -151,6 +162,12 @@ def compile_forward(model: DetectionModel, device: torch.device, folder: Path) -
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:
         raise InputError("--compile needs Triton for the GPU: pip install triton, or leave it out.")
     model.forward = torch.compile(model.forward, dynamic=False)
+
+
+def of_the_loss(model: DetectionModel) -> list[nn.Parameter]:
+    """Parameters that no forward uses, but the loss does: of 26 pose models the flow that errors are judged by."""
+    flow = getattr(model.model[-1], "flow_model", None)
+    return [] if flow is None else [parameter for parameter in flow.parameters() if parameter.requires_grad]
 
 
 def frozen_norms(model: nn.Module) -> list[nn.Module]:

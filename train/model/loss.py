@@ -1,25 +1,48 @@
-"""Ultralytics' detection loss as the same function of the global batch for any number of processes."""
+"""Ultralytics' losses as the same function of the global batch for any number of processes.
+
+Ultralytics divides each rank's terms by that rank's own counts, so the gradients of two processes differ from those of
+one process at the same global batch. Here the mean over ranks, which DDP takes, is what one process computes.
+"""
 
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from ultralytics.nn.tasks import DetectionModel
-from ultralytics.utils.loss import E2ELoss, v8DetectionLoss
+from ultralytics.utils.loss import (
+    PoseLoss26,
+    RLELoss,
+    SegmentLoss26,
+    v8DetectionLoss,
+    v8PoseLoss,
+    v8SegmentationLoss,
+)
+
+# What each term is divided by. A term that is not here is a mean over the images, of which each rank has as many.
+TARGETS, FOREGROUND, KEYPOINTS = "target scores", "foreground anchors", "valid keypoints"
+DIVISORS = {
+    "box_loss": TARGETS,
+    "cls_loss": TARGETS,
+    "dfl_loss": TARGETS,
+    "l1_loss": TARGETS,
+    "seg_loss": FOREGROUND,
+    "pose_loss": FOREGROUND,
+    "kobj_loss": FOREGROUND,
+    "rle_loss": KEYPOINTS,
+}
 
 
-class DetectionLoss(v8DetectionLoss):
-    """Ultralytics' loss, divided by the target-score sum of the global batch instead of by this rank's.
+class OfGlobalBatch(v8DetectionLoss):
+    """Divides each term of the loss that it is mixed into by a sum over all ranks instead of by this rank's.
 
-    Ultralytics divides each rank's loss by that rank's own sum, so the gradients of two processes differ from those of
-    one process at the same global batch. Here the mean over ranks, which DDP takes, is what one process computes.
-
-    A loss of one's own is one more name in `loss_names` and one more element of `get_assigned_targets_and_loss`: bars,
-    lines, results.csv, its picture and the trackers then have it, for training and validation.
+    A loss of one's own is one more name in `loss_names` and one more element of what `loss` returns, and, where it is
+    divided by a count, a line in DIVISORS: bars, lines, results.csv, its picture and the trackers then have it, for
+    training and validation.
 
     Args:
         model: whose outputs are judged.
-        sum_over_ranks: collective sum of a scalar; None divides by this rank's own sum, as Ultralytics does.
+        sum_over_ranks: collective sum of a vector; None divides by this rank's own sums, as Ultralytics does.
         ranks: number of processes.
         kwargs: of Ultralytics' assigner.
     """
@@ -34,40 +57,148 @@ class DetectionLoss(v8DetectionLoss):
         **kwargs: Any,
     ):
         super().__init__(model, **kwargs)
-        self.rescale: Tensor | float = 1.0
-        if sum_over_ranks is None:
-            return
+        self.sum_over_ranks, self.ranks = sum_over_ranks, ranks
+        self.sums: dict[str, Tensor] = {}  # of this rank's part of a batch
         assign = self.assigner
 
         def assign_and_sum(*args: Any, **kwargs: Any) -> Any:
             assigned = assign(*args, **kwargs)
-            local = assigned[2].sum()  # target scores, (images, anchors, classes)
-            total = sum_over_ranks(local.float())  # collective: every rank, once for each criterion and batch
-            self.rescale = ranks * local.clamp(min=1).float() / total.clamp(min=1)
+            self.sums = {TARGETS: assigned[2].sum().float(), FOREGROUND: assigned[3].sum().float()}
             return assigned
 
         self.assigner = assign_and_sum
 
-    def get_assigned_targets_and_loss(self, preds: dict[str, Tensor], batch: dict[str, Any], **kwargs: Any) -> tuple:
-        """Ultralytics' assigned targets and (box, cls, dfl) loss, with its denominator exchanged."""
-        assigned, loss, _ = super().get_assigned_targets_and_loss(preds, batch, **kwargs)
-        loss = loss * self.rescale
-        return assigned, loss, dict(zip(self.loss_names, loss.detach(), strict=True))
+    def loss(self, preds: dict[str, Tensor], batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Ultralytics' terms, times the images of this rank, and the same terms detached, by name; each with its
+        denominator exchanged.
+        """
+        terms, items = super().loss(preds, batch)
+        if self.sum_over_ranks is None:
+            return terms, items
+        terms, items = self.completed(terms, items, preds, batch)
+        # Collective: every rank, once for each criterion and batch.
+        total = dict(zip(self.sums, self.sum_over_ranks(torch.stack([*self.sums.values()])), strict=True))
+        factors = torch.stack([self.factor(name, total) for name in self.loss_names])
+        return terms * factors, dict(zip(self.loss_names, torch.stack([*items.values()]) * factors, strict=True))
+
+    def completed(
+        self, terms: Tensor, items: dict[str, Tensor], preds: dict[str, Tensor], batch: dict[str, Any]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The terms of this rank with what Ultralytics leaves out where a rank is alone, and the sums for that."""
+        return terms, items
+
+    def factor(self, name: str, total: dict[str, Tensor]) -> Tensor:
+        """What a term of this rank is multiplied by, so that the mean over ranks is that of the global batch.
+
+        Args:
+            name: of the term.
+            total: `sums` over all ranks.
+        """
+        if name not in DIVISORS:
+            return torch.ones((), device=self.device)
+        divisor = DIVISORS[name]
+        return self.ranks * self.sums[divisor].clamp(min=1) / total[divisor].clamp(min=1)
 
 
-def build_criterion(
-    model: DetectionModel, sum_over_ranks: Callable[[Tensor], Tensor] | None = None, ranks: int = 1
-) -> DetectionLoss | E2ELoss:
-    """The loss that fits the model's head, in both branches where it is end to end (see `DetectionLoss`).
+class SegmentationLoss(OfGlobalBatch, v8SegmentationLoss):
+    """Of boxes and masks."""
 
-    Give it to the model after ModelEMA has copied that.
-    """
+    def completed(
+        self, terms: Tensor, items: dict[str, Tensor], preds: dict[str, Tensor], batch: dict[str, Any]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The semantic term is of all images wherever any rank has foreground; Ultralytics leaves it out on a rank that
+        has none.
+        """
+        if isinstance(preds["proto"], tuple) and not self.sums[FOREGROUND]:
+            semantic = self.semantic(preds["proto"][1], batch) * self.hyp.box
+            terms = torch.cat((terms[:-1], terms[-1:] + semantic * len(preds["boxes"])))
+            items = items | {"sem_loss": semantic.detach()}
+        return terms, items
 
-    def loss(model: nn.Module, **kwargs: Any) -> DetectionLoss:
-        return DetectionLoss(model, sum_over_ranks, ranks, **kwargs)
+    def factor(self, name: str, total: dict[str, Tensor]) -> Tensor:
+        """See `OfGlobalBatch`."""
+        if name == "sem_loss":
+            return (total[FOREGROUND] > 0).float()
+        return super().factor(name, total)
 
-    end_to_end = isinstance(model.init_criterion(), E2ELoss)
-    return E2ELoss(model, loss_fn=loss) if end_to_end else loss(model)
+    def semantic(self, predicted: Tensor, batch: dict[str, Any]) -> Tensor:
+        """The semantic term as Ultralytics computes it within v8SegmentationLoss.loss.
+
+        Args:
+            predicted: (images, classes, height, width) logits.
+            batch: with `masks` and `sem_masks`.
+        """
+        classes = batch["sem_masks"].to(self.device).long()[:, None]
+        present = batch["masks"].to(self.device) != 0
+        if not self.overlap:  # one an object
+            image = batch["batch_idx"].to(self.device).long()
+            present = torch.zeros(len(classes), *present.shape[1:], device=self.device).index_add_(
+                0, image, present.float()
+            )
+            present = present > 0
+        targets = torch.zeros(len(classes), self.nc, *classes.shape[2:], device=self.device)
+        targets.scatter_(1, classes, present[:, None].float())
+        loss: Tensor = self.bcedice_loss(predicted, targets)
+        return loss
+
+
+class SegmentationLoss26(SegmentationLoss, SegmentLoss26):
+    """Of boxes and masks, by which an end-to-end head's targets are assigned, too."""
+
+
+class PoseLoss(OfGlobalBatch, v8PoseLoss):
+    """Of boxes and keypoints."""
+
+
+class _KeptRLE(RLELoss):
+    """Keeps what it has computed: Ultralytics clamps it to zero next."""
+
+    value: Tensor | None = None  # mean over the valid keypoints
+    keypoints = 0  # that are left after Ultralytics' filter
+
+    def forward(self, sigma: Tensor, log_phi: Tensor, error: Tensor, target_weight: Tensor | None = None) -> Tensor:
+        """See Ultralytics' class."""
+        self.keypoints, self.value = len(error), super().forward(sigma, log_phi, error, target_weight)
+        return self.value
+
+
+class PoseFlowLoss(OfGlobalBatch, PoseLoss26):
+    """Of boxes and keypoints, with the residual log-likelihood that 26 models have."""
+
+    rle_loss: Any
+
+    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any):
+        super().__init__(model, *args, **kwargs)
+        if self.rle_loss is not None:
+            self.rle_loss = _KeptRLE(use_target_weight=True).to(self.device)
+
+    def loss(self, preds: dict[str, Tensor], batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """See `OfGlobalBatch`."""
+        try:
+            return super().loss(preds, batch)
+        finally:
+            if self.rle_loss is not None:
+                self.rle_loss.value, self.rle_loss.keypoints = None, 0
+
+    def completed(
+        self, terms: Tensor, items: dict[str, Tensor], preds: dict[str, Tensor], batch: dict[str, Any]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The likelihood before it is clamped, which is done by its mean over all ranks."""
+        if (rle := self.rle_loss) is None:
+            return terms, items
+        value = rle.value if rle.value is not None else terms.new_zeros(())
+        self.sums[KEYPOINTS] = terms.new_tensor(float(rle.keypoints))
+        self.sums["likelihood"] = value.detach() * rle.keypoints
+        if rle.value is not None:
+            value = value * self.hyp.rle
+            terms = torch.cat((terms[:-1], (value * len(preds["boxes"]))[None]))
+            items = items | {"rle_loss": value.detach()}
+        return terms, items
+
+    def factor(self, name: str, total: dict[str, Tensor]) -> Tensor:
+        """See `OfGlobalBatch`."""
+        factor = super().factor(name, total)
+        return factor * (total["likelihood"] > 0) if name == "rle_loss" else factor
 
 
 def end_of_epoch(model: DetectionModel) -> None:

@@ -15,7 +15,6 @@ from torch import nn
 from ultralytics import __version__ as ultralytics_version
 from ultralytics.cfg import get_cfg
 from ultralytics.nn import tasks
-from ultralytics.nn.modules.head import Detect, v10Detect
 from ultralytics.nn.tasks import BaseModel, DetectionModel, load_checkpoint
 from ultralytics.utils import downloads
 from ultralytics.utils.checks import check_yolov5u_filename
@@ -24,6 +23,7 @@ from ultralytics.utils.downloads import GITHUB_ASSETS_NAMES, GITHUB_ASSETS_REPO,
 from train.config.errors import InputError
 from train.config.plain import checked_name
 from train.model.architecture import read_architecture
+from train.model.tasks import HEADS, Task, check_head, task_of
 
 EXPORTED = (
     ".onnx",
@@ -114,11 +114,16 @@ def _inert(trust: bool) -> Iterator[None]:
         nn.Module.__init__, downloads.attempt_download_asset = construct, fetch  # type: ignore[method-assign]
 
 
-def load_detector(weights: str, trust: bool = False) -> tuple[DetectionModel, dict[str, Any]]:
-    """An Ultralytics detection checkpoint as (fp32 model in eval mode, the checkpoint's other entries).
+def load_detector(weights: str, trust: bool = False, task: Task | None = None) -> tuple[DetectionModel, dict[str, Any]]:
+    """An Ultralytics checkpoint as (fp32 model in eval mode, the checkpoint's other entries).
 
     The file is read with torch's weights-only rules and Ultralytics' list of allowed classes, so that it cannot run
     code, unless it is trusted.
+
+    Args:
+        weights: the checkpoint.
+        trust: whether it may run code.
+        task: that it is to be of; unset admits any that is known here.
     """
     foreign: list[str] = []
     tasks.SAFE_LOAD = not trust  # Ultralytics' switch for the process; load_checkpoint has no parameter for it
@@ -149,9 +154,10 @@ def load_detector(weights: str, trust: bool = False) -> tuple[DetectionModel, di
         raise InputError(f"{weights} is not a checkpoint that can be loaded: {reason} ({_kind(error)}).") from None
     finally:
         tasks.SAFE_LOAD = True
-    if type(model) is not DetectionModel or type(model.model[-1]) not in (Detect, v10Detect):  # segmentation inherits
-        kind = type(model.model[-1]).__name__ if isinstance(model, BaseModel) else type(model).__name__
-        raise InputError(f"{weights} ends in a {kind} head; these scripts are for YOLO detection models.")
+    head = type(model.model[-1]).__name__ if isinstance(model, BaseModel) else type(model).__name__
+    if head in HEADS and type(model) is not HEADS[head].model:  # a class of another library, say
+        head = type(model).__name__
+    check_head(head, weights, task)
     if not isinstance(model.names, dict) or not isinstance(model.yaml, dict):
         raise InputError(f"{weights} is not a checkpoint that can be loaded: it lacks class names or its description.")
     model.names = {int(index): checked_name(str(name)[:1000], f"{weights}: class {index}")
@@ -186,6 +192,7 @@ def as_checkpoint(
     theirs = vars(get_cfg())
     shared = theirs.keys() - {"profile"}  # another thing there: whether an export is timed
     model.args = theirs | {key: value for key, value in train_args.items() if key in shared and value is not None}
+    model.args["task"] = task_of(model).name
     model.criterion = None
     return {
         "epoch": epoch,

@@ -106,7 +106,7 @@ def without_buffer_broadcast(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
-def settle_buckets(model: torch.nn.Module, channels: int, size: int, device: torch.device) -> None:
+def settle_buckets(model: torch.nn.Module, channels: int, size: int, apart: list[torch.nn.Parameter]) -> None:
     """Have DDP lay out the gradients as it will after the first backward, on more than two ranks (collective).
 
     Sums over more than two ranks depend on that layout, bit by bit; a run that is gone on with would begin with another
@@ -116,14 +116,15 @@ def settle_buckets(model: torch.nn.Module, channels: int, size: int, device: tor
         model: that Accelerate prepared, in training mode.
         channels: of an image.
         size: of its sides, in pixels; the model has to take it.
-        device: of the model.
+        apart: parameters that no forward uses, but the loss does.
     """
     if not isinstance(model, DistributedDataParallel) or torch.distributed.get_world_size() < 3:
         return
     buffers = {name: value.clone() for name, value in model.module.named_buffers()}
+    device = next(model.parameters()).device
     with torch.compiler.set_stance("force_eager"):  # a compiled model takes the size of the first batch for every one's
         outputs = _tensors(model(torch.zeros(1, channels, size, size, device=device)))
-    torch.stack([output.float().sum() for output in outputs]).sum().backward()
+    torch.stack([output.float().sum() for output in (*outputs, *apart)]).sum().backward()
     model.zero_grad()
     with torch.no_grad():
         for name, value in model.module.named_buffers():
@@ -134,4 +135,6 @@ def _tensors(outputs: Any) -> list[torch.Tensor]:
     """What a loss is computed from, in a model's nested outputs: all but the features, of which it takes the shapes."""
     if isinstance(outputs, dict):
         return [tensor for name, part in outputs.items() if name != "feats" for tensor in _tensors(part)]
+    if isinstance(outputs, tuple):
+        return [tensor for part in outputs for tensor in _tensors(part)]
     return [outputs] if isinstance(outputs, torch.Tensor) and outputs.requires_grad else []

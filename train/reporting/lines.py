@@ -6,6 +6,7 @@ import unicodedata
 from train.config.options import EvalConfig
 from train.data.labels import Labels
 from train.evaluation.coco import COLUMNS, METRICS, metric_names
+from train.evaluation.detections import KINDS, prefix
 from train.evaluation.evaluate import Evaluation
 from train.processes.devices import processes
 from train.training.meter import Window
@@ -14,6 +15,7 @@ from train.training.profile import WARM, Laps
 
 SLOWER = 1.2  # times the median of the ranks
 NOTHING = "\u2013"  # in a table, where the metric is -1
+SIZES = {"s": "small", "m": "medium", "l": "large"}
 
 
 # Before the first epoch -----------------------------------------------------------------------------------------------
@@ -98,7 +100,9 @@ def val_line(name: str, result: Evaluation, best: str) -> str:
         result: of the validation.
         best: which epoch is the best so far, in words.
     """
-    shown = _numbers(result.losses | {metric: result.metrics[metric] for metric in ("P", "R", *METRICS[:3])})
+    names = ["P", "R", *METRICS[:3]]
+    names += [prefix(kind) + name for kind in result.iou_types[1:] for name in METRICS[:2]]
+    shown = _numbers(result.losses | {metric: result.metrics[metric] for metric in names})
     return f"{name}    {shown}  {result.images} images  ({best})"
 
 
@@ -156,27 +160,51 @@ def profile_lines(steps: Laps, ends: Laps) -> list[str]:
 
 # The table ------------------------------------------------------------------------------------------------------------
 def table(evaluation: Evaluation, config: EvalConfig) -> list[str]:
-    """The metrics of all classes and of each, and AP and AR by size."""
-    m = evaluation.metrics
+    """The metrics of all classes and of each, and AP and AR by size: of boxes, and then of masks or keypoints."""
+    found = [line for kind in evaluation.iou_types for line in _table_of(kind, evaluation, config)]
+    everything = [
+        *evaluation.metrics.values(),
+        *(v for values in _occurring(evaluation).values() for v in values.values()),
+    ]
+    if -1 in everything:
+        found.append(f"{NOTHING}: nothing to measure, for there is no labelled object of this kind (-1 in the files)")
+    ap = [(KINDS[kind][1], evaluation.metrics[f"{prefix(kind)}AP"]) for kind in evaluation.iou_types]
     images = f"{evaluation.images} images" + (" (a subset)" if config.subset else "")
-    everything = m | {"images": evaluation.images, "boxes": evaluation.boxes}
-    lines = [f"{'class':20}" + "".join(f"{name:>8}" for name in COLUMNS)]
-    occurring = {name: values for name, values in evaluation.per_class.items() if values["boxes"]}
+    found.append(f"{', '.join(f'{name}AP {value:.4f}' for name, value in ap)} on {images} of {config.split}")
+    if ap[0][1] < 0:
+        found.append("AP is -1: these images have no labelled object.")
+    return found
+
+
+def _occurring(evaluation: Evaluation) -> dict[str, dict[str, float]]:
+    return {name: values for name, values in evaluation.per_class.items() if values["boxes"]}
+
+
+def _table_of(kind: str, evaluation: Evaluation, config: EvalConfig) -> list[str]:
+    """The part of the table that is measured by one of COCO's iou types."""
+    before, word, _ = KINDS[kind]
+    m = {name.removeprefix(before): value for name, value in evaluation.metrics.items() if name.startswith(before)}
+    everything = evaluation.metrics | {"images": evaluation.images, "boxes": evaluation.boxes}
+    lines = [f"{f'class {word}'.strip():20}" + "".join(f"{name:>8}" for name in COLUMNS)]
+    occurring = _occurring(evaluation)
     for name, values in ({"all": everything} | occurring).items():
-        numbers = "".join(f"{values[c]:8d}" if c in COLUMNS[:2] else _measured(values[c]) for c in COLUMNS)
-        lines.append(f"{_padded(name, 20)}{numbers}")
-    if never := len(evaluation.per_class) - len(occurring):
+        numbers = "".join(f"{values[c]:8d}" for c in COLUMNS[:2])
+        lines.append(f"{_padded(name, 20)}{numbers}{''.join(_measured(values[before + c]) for c in COLUMNS[2:])}")
+    if (never := len(evaluation.per_class) - len(occurring)) and kind == evaluation.iou_types[0]:
         lines.append(f"{never} of {len(evaluation.per_class)} classes do not occur here and do not count")
-    names = metric_names(config.max_dets)
-    for sizes, label in ((names[3:6], "AP small, medium, large"), (names[9:12], "AR small, medium, large")):
-        lines.append(f"{label:44}" + "".join(_measured(m[name]) for name in sizes))
-    counts = ", ".join(map(str, config.max_dets))
-    lines.append(f"{f'AR at {counts} detections an image':44}" + "".join(_measured(m[name]) for name in names[6:9]))
-    if -1 in m.values() or any(-1 in values.values() for values in occurring.values()):
-        lines.append(f"{NOTHING}: nothing to measure, for there is no labelled object of this kind (-1 in the files)")
-    lines.append(f"AP {m['AP']:.4f} on {images} of {config.split}")
-    if m["AP"] < 0:
-        lines.append("AP is -1: these images have no labelled object.")
+    names = metric_names(config.max_dets, (kind,))
+    sizes = [
+        [name.removeprefix(before) for name in names if name[-1] in "sml" and what in name] for what in ("AP", "AR")
+    ]
+    for named in sizes:
+        label = f"{word}{named[0][:2]} {', '.join(SIZES[name[-1]] for name in named)}"
+        lines.append(f"{label:44}" + "".join(_measured(m[name]) for name in named))
+    if kind == "keypoints":
+        rest, label = ["AR", "AR50", "AR75"], f"{word}AR, AR50, AR75"
+    else:
+        rest = [f"AR{count}" for count in config.max_dets]
+        label = f"{word}AR at {', '.join(map(str, config.max_dets))} detections an image"
+    lines.append(f"{label:44}" + "".join(_measured(m[name]) for name in rest))
     return lines
 
 

@@ -1,6 +1,7 @@
 """Pictures, for where people would rather look than read. Drawn with Ultralytics' plotting by the main process."""
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,20 +10,24 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
+from pycocotools import mask as coco_mask
 from ultralytics.utils.metrics import ConfusionMatrix, plot_mc_curve, plot_pr_curve
 from ultralytics.utils.patches import imread
 from ultralytics.utils.plotting import Annotator, colors, plot_images, plot_labels
 
 from train.config.words import printable
 from train.data.labels import Labels
+from train.evaluation.coco import Curves
+from train.evaluation.detections import KINDS, Detections
 from train.evaluation.evaluate import Evaluation
+from train.evaluation.joints import joint_errors
 from train.evaluation.truth import Truth
 from train.reporting.fonts import drawable, provide_fonts
 
 TILE = 320  # px, longer side of one image on the page
 SHOWN, LABELLED = 12, 100_000  # images on a page, and those whose labels are drawn
+SIZES = ("APs", "APm", "APl")
 CONFIDENCE = 0.25  # detections below it are not drawn
-Box = tuple[list[float], int, float | None]  # ltwh in pixels of the image, category id, score
 ERRORS = {
     "Cls": "class",
     "Loc": "location",
@@ -31,6 +36,17 @@ ERRORS = {
     "Bkg": "background",
     "Miss": "missed",
 }
+
+
+@dataclass
+class Mark:
+    """An object on an image: of the truth, or found."""
+
+    box: list[float]  # left, top, width, height in pixels of the image
+    category: int  # id
+    score: float | None = None  # of what was found
+    mask: np.ndarray | None = None  # (height, width) uint8 of the image, 0 or 1
+    keypoints: np.ndarray | None = None  # (k, 3) x, y in pixels, and whether it is visible: from 0.25 on
 
 
 def draw_evaluation(evaluation: Evaluation, truth: Truth, diagnosis: dict[str, Any] | None, folder: Path) -> None:
@@ -43,10 +59,14 @@ def draw_evaluation(evaluation: Evaluation, truth: Truth, diagnosis: dict[str, A
         folder: where the pictures go.
     """
     by_id = truth.names
-    names = list(drawable({id_: by_id[id_] for id_ in evaluation.curves.category_ids}).values())
-    measured = evaluation.curves.ap["AP50"] >= 0
-    if measured.any():
-        draw_curves(evaluation, {i: names[k] for i, k in enumerate(np.flatnonzero(measured))}, measured, folder)
+    for kind, curves in evaluation.curves.items():
+        names = list(drawable({id_: by_id[id_] for id_ in curves.category_ids}).values())
+        measured = curves.ap["AP50"] >= 0
+        if measured.any():
+            shown = {i: names[k] for i, k in enumerate(np.flatnonzero(measured))}
+            draw_curves(curves, shown, measured, folder, KINDS[kind][0].replace("/", "_"))
+    if evaluation.detections.keypoints is not None:
+        draw_joints(joint_errors(truth, evaluation.detections.sure(CONFIDENCE)), truth, folder / "keypoint_errors.png")
     if diagnosis:
         matrix = ConfusionMatrix(dict(enumerate(names)))
         matrix.matrix = diagnosis["confusion"].astype(float).T  # Ultralytics' rows are detections
@@ -57,13 +77,43 @@ def draw_evaluation(evaluation: Evaluation, truth: Truth, diagnosis: dict[str, A
     draw_page(evaluation.detections, truth, images, folder / "val.jpg")
 
 
-def draw_curves(evaluation: Evaluation, names: dict[int, str], measured: np.ndarray, folder: Path) -> None:
-    """Precision-recall, and F1, precision and recall by confidence, at IoU 0.50, of the classes that occur."""
-    curves, confidence = evaluation.curves, np.linspace(0, 1, 1000)
+def draw_curves(curves: Curves, names: dict[int, str], measured: np.ndarray, folder: Path, before: str = "") -> None:
+    """Precision-recall, and F1, precision and recall by confidence, at IoU (or OKS) 0.50, of the classes that occur.
+
+    Args:
+        curves: of all classes.
+        names: of those that occur, by their places among these.
+        measured: which do.
+        folder: where the pictures go.
+        before: what their names begin with.
+    """
+    confidence = np.linspace(0, 1, 1000)
     ap = curves.ap["AP50"][measured][:, None]
-    plot_pr_curve(np.linspace(0, 1, 101), curves.pr[measured], ap, folder / "PR_curve.png", names)
+    plot_pr_curve(np.linspace(0, 1, 101), curves.pr[measured], ap, folder / f"{before}PR_curve.png", names)
     for letter, label, values in (("F1", "F1", curves.f1), ("P", "Precision", curves.p), ("R", "Recall", curves.r)):
-        plot_mc_curve(confidence, values[measured], folder / f"{letter}_curve.png", names, ylabel=label)
+        plot_mc_curve(confidence, values[measured], folder / f"{before}{letter}_curve.png", names, ylabel=label)
+
+
+def draw_joints(errors: np.ndarray, truth: Truth, file: Path) -> None:
+    """How far each keypoint is off, over the size of its object: median, quartiles and deciles; nothing to draw where
+    no object was found.
+
+    Args:
+        errors: (objects, keypoints) of those that were found, see `joint_errors`.
+        truth: names the keypoints.
+        file: the picture to write.
+    """
+    of_each = [column[np.isfinite(column)] for column in errors.T]
+    if not any(map(len, of_each)):
+        return
+    names = [printable(name) for name in truth.keypoint_names] or [str(k) for k in range(len(of_each))]
+    figure, axes = plt.subplots(figsize=(7, 1.5 + 0.3 * len(of_each)), tight_layout=True)
+    axes.boxplot(of_each, orientation="horizontal", whis=(10, 90), showfliers=False, tick_labels=names)
+    axes.invert_yaxis()
+    axes.set_xlim(left=0)
+    axes.set_xlabel("distance over the root of the object's area, of objects found at IoU 0.50")
+    figure.savefig(file, dpi=150)
+    plt.close(figure)
 
 
 def draw_tide(tide: dict[str, float], file: Path) -> None:
@@ -97,12 +147,12 @@ def worst_first(truth: Truth, diagnosis: dict[str, Any] | None) -> list[tuple[in
 
 
 def draw_page(
-    detections: np.ndarray, truth: Truth, images: list[tuple[int, str]], file: Path, count: int = SHOWN
+    detections: Detections, truth: Truth, images: list[tuple[int, str]], file: Path, count: int = SHOWN
 ) -> None:
     """A page of validation images: on the left of each pair the truth, on the right the detections.
 
     Args:
-        detections: COCO rows.
+        detections: on all images.
         truth: of the split.
         images: places of images in it with captions; those that cannot be read are passed over.
         file: the picture to write.
@@ -116,7 +166,7 @@ def draw_page(
         picture = _picture(truth.file(place))
         if picture is None:
             continue
-        pair = np.hstack([_tile(picture, boxes, names, colour) for boxes in boxes_on(place, truth, detections)])
+        pair = np.hstack([_tile(picture, marks, names, colour) for marks in marks_on(place, truth, detections)])
         words = Annotator(pair, font_size=14, pil=True)
         text = printable(f"{Path(truth.file(place)).name}  {caption}")
         words.text([6, len(pair) - 24], text, txt_color=(0, 0, 0))
@@ -143,27 +193,61 @@ def same_images(truth: Truth) -> list[int]:
     return [*range(0, len(truth), every)][:SHOWN]
 
 
-def boxes_on(place: int, truth: Truth, detections: np.ndarray) -> tuple[list[Box], list[Box]]:
+def marks_on(place: int, truth: Truth, detections: Detections) -> tuple[list[Mark], list[Mark]]:
     """The truth on an image, without scores, and the detections from CONFIDENCE on."""
-    found = truth.marks(np.array([place]))
-    marks: list[Box] = [(b, c, None) for b, c in zip(found.boxes.tolist(), found.category.tolist(), strict=True)]
-    first, last = np.searchsorted(detections[:, 0], (truth.ids[place], truth.ids[place] + 1))  # they are by image id
-    rows = detections[first:last]
-    return marks, [(row[1:5], int(row[6]), row[5]) for row in rows[rows[:, 5] >= CONFIDENCE].tolist()]
+    annotations = truth.annotations(np.array([place]), iou_type="segm" if detections.masks is not None else "")
+    marks = [Mark(one["bbox"], one["category_id"]) for one in annotations]
+    id_ = int(truth.ids[place])
+    sure = detections.between(id_, id_).sure(CONFIDENCE)
+    found = [Mark(row[1:5], int(row[6]), row[5]) for row in sure.rows.tolist()]
+    if sure.masks is not None:
+        outlined = [one["segmentation"] for one in sure.results("segm", truth.sizes_by_id(np.array([place])))]
+        for mark, one in zip([*marks, *found], [*(a["segmentation"] for a in annotations), *outlined], strict=True):
+            mark.mask = coco_mask.decode(one)
+    if sure.keypoints is not None:
+        points = [np.array(one["keypoints"]).reshape(-1, 3) for one in annotations] + [*sure.keypoints]
+        for mark, one in zip([*marks, *found], points, strict=True):
+            mark.keypoints = one
+    return marks, found
 
 
-def _tile(picture: np.ndarray, marks: list[Box], names: dict[int, str], colour: dict) -> np.ndarray:
-    """The image with its boxes (ltwh in its own pixels), on white of TILE px across and with room for a line below."""
+def _tile(picture: np.ndarray, marks: list[Mark], names: dict[int, str], colour: dict) -> np.ndarray:
+    """The image with its objects, on white of TILE px across and with room for a line below."""
     scale = TILE / max(picture.shape[:2])
-    annotator = Annotator(cv2.resize(picture, None, fx=scale, fy=scale), line_width=2, font_size=11, pil=True)
-    for (x, y, w, h), category, score in marks:
-        text = "" if score is None else f" {score:.2f}"
+    small = with_masks(cv2.resize(picture, None, fx=scale, fy=scale), marks, colour)
+    annotator = Annotator(small, line_width=2, font_size=11, pil=True)
+    for mark in marks:
+        x, y, w, h = mark.box
+        text = "" if mark.score is None else f" {mark.score:.2f}"
         box = np.array([x, y, x + w, y + h]) * scale
-        annotator.box_label(box.tolist(), names[category] + text, color=colors(colour[category], bgr=True))
-    drawn = annotator.result()
+        annotator.box_label(box.tolist(), names[mark.category] + text, color=colors(colour[mark.category], bgr=True))
+    drawn = with_keypoints(annotator.result(), marks, scale)
     tile = np.full((min(drawn.shape[0], TILE) + 32, TILE + 8, 3), 255, np.uint8)
     tile[4 : 4 + drawn.shape[0], 4 : 4 + drawn.shape[1]] = drawn[:TILE, :TILE]
     return tile
+
+
+def with_masks(picture: np.ndarray, marks: list[Mark], colour: dict[int, int]) -> np.ndarray:
+    """A picture (height, width, 3) BGR, perhaps smaller than the masks, with these shining through in the colours of
+    their categories.
+    """
+    for mark in marks:
+        if mark.mask is not None:
+            inside = cv2.resize(mark.mask, picture.shape[1::-1], interpolation=cv2.INTER_NEAREST) > 0
+            own = np.array(colors(colour[mark.category], bgr=True))
+            picture[inside] = (picture[inside] * 0.6 + own * 0.4).astype(np.uint8)
+    return picture
+
+
+def with_keypoints(picture: np.ndarray, marks: list[Mark], scale: float) -> np.ndarray:
+    """A picture with the keypoints of these, whose coordinates are `scale` times smaller on it."""
+    if all(mark.keypoints is None for mark in marks):
+        return picture
+    annotator = Annotator(picture, line_width=2)
+    for mark in marks:
+        if mark.keypoints is not None:
+            annotator.kpts(mark.keypoints * (scale, scale, 1), conf_thres=CONFIDENCE)
+    return annotator.result()
 
 
 def _picture(file: str) -> np.ndarray | None:
@@ -192,9 +276,12 @@ def draw_labels(labels: Labels, names: dict[int, str], folder: Path) -> None:
 
 
 def draw_batch(batch: dict[str, Any], names: dict[int, str], file: Path) -> None:
-    """Images of a training batch as the loader gives them, uint8, with their boxes, which are scaled in place."""
+    """Images of a training batch as the loader gives them, uint8, with their objects, which are scaled in place."""
     names = drawable(names)
-    shown = {name: batch[name] for name in ("bboxes", "batch_idx")} | {"cls": batch["cls"].squeeze(-1)}
+    shown: dict[str, Any] = {
+        name: batch[name] for name in ("bboxes", "batch_idx", "masks", "keypoints") if name in batch
+    }
+    shown["cls"] = batch["cls"].squeeze(-1)
     shown["img"] = batch["img"].float() / 255  # Ultralytics takes uint8 images for floats where the first one is black
     plot_images(shown, paths=[printable(file) for file in batch["im_file"]], fname=file, names=names, threaded=False)
 
@@ -203,9 +290,11 @@ def draw_results(rows: list[dict[str, Any]], val: str, file: Path) -> None:
     """results.png: losses of training and validation, AP, P and R, learning rate and speed over the epochs."""
     losses = [name.removeprefix("train/") for name in rows[0] if name.startswith("train/")]
     panels = [(name, {"train": f"train/{name}", val: f"{val}/{name}"}) for name in losses]
-    panels += [("AP", {name: f"{val}/{name}" for name in ("AP", "AP50", "AP75")})]
-    panels += [("P, R, F1", {name: f"{val}/{name}" for name in ("P", "R", "F1")})]
-    panels += [("AP by size", {name: f"{val}/{name}" for name in ("APs", "APm", "APl")})]
+    for kind in KINDS:
+        before, word, _ = KINDS[kind]
+        for title, names in (("AP", ("AP", "AP50", "AP75")), ("P, R, F1", ("P", "R", "F1")), ("AP by size", SIZES)):
+            columns = {name: f"{val}/{before}{name}" for name in names if f"{val}/{before}{name}" in rows[0]}
+            panels += [(word + title, columns)] if columns else []
     panels += [("learning rate", {name: name for name in rows[0] if name.startswith("lr/")})]
     panels += [("images/s", {"": "images_per_s"})]
     across = -(-len(panels) // 2)

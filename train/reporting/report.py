@@ -17,6 +17,7 @@ from train.config.errors import InputError
 from train.config.options import EvalConfig
 from train.data.labels import Labels
 from train.evaluation.coco import diagnose
+from train.evaluation.detections import KINDS
 from train.evaluation.evaluate import Evaluation
 from train.evaluation.truth import Truth
 from train.processes import status
@@ -130,10 +131,12 @@ class Report:
         """Metrics, predictions and truth as JSON, then COCO's table on the console, then pictures (collective)."""
         self.keep_results(lambda: self.results.evaluation(evaluation, truth, config.subset))
         found: list[dict[str, Any] | None] = [None]
-        if config.plots:
+        detections = evaluation.detections
+        looks = config.plots and not {"bbox", "segm"}.isdisjoint(evaluation.iou_types)
+        if looks:
 
             def look() -> None:
-                found[0] = on_main(self.accelerator, lambda: diagnose(truth, evaluation.detections))  # collective
+                found[0] = on_main(self.accelerator, lambda: diagnose(truth, detections))  # collective
 
             self.going_on("the diagnosis of errors", look)  # an error is every rank's
         diagnosis = found[0]
@@ -142,10 +145,12 @@ class Report:
             self.going_on("results", lambda: self.results.tide(tide))
         for line in lines.table(evaluation, config):
             self.say(line)
-        if config.plots and diagnosis is None:
+        if looks and diagnosis is None:
             self.say("hotcoco is not installed: no confusion matrix, no TIDE errors")
-        if tide and evaluation.metrics["AP50"] > 0:  # of nothing nothing can be lost
-            self.say(f"AP50 lost to errors (TIDE): {'  '.join(f'{kind} {lost:.3f}' for kind, lost in tide.items())}")
+        before, word, _ = KINDS["segm" if "segm" in evaluation.iou_types else "bbox"]
+        if tide and evaluation.metrics[f"{before}AP50"] > 0:  # of nothing nothing can be lost
+            lost = "  ".join(f"{kind} {value:.3f}" for kind, value in tide.items())
+            self.say(f"{word}AP50 lost to errors (TIDE): {lost}")
         if self.draws:
             self.going_on("pictures", lambda: plots().draw_evaluation(evaluation, truth, diagnosis, self.folder))
 

@@ -3,15 +3,20 @@
 import csv
 import json
 import platform
+from collections.abc import Iterable
 from dataclasses import asdict
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
-from train.config.options import EvalConfig
+import numpy as np
+
+from train.config.options import EvalConfig, TrainConfig
 from train.evaluation.coco import metric_names
+from train.evaluation.detections import KINDS
 from train.evaluation.evaluate import Evaluation
 from train.evaluation.truth import Truth
+from train.model.tasks import task_of
 from train.processes.files import whole_file
 from train.training.meter import Window
 from train.training.state import TrainState
@@ -38,7 +43,8 @@ class Results:
 
     def config(self, config: EvalConfig) -> None:
         """config.json: the options as they were given, and the versions of what runs them."""
-        self.write("config.json", json.dumps(asdict(config) | {"versions": versions()}, indent=2))
+        task = {"task": config.task} if isinstance(config, TrainConfig) else {}
+        self.write("config.json", json.dumps(asdict(config) | task | {"versions": versions()}, indent=2))
 
     def table(self, rows: list[dict[str, Any]]) -> None:
         """results.csv, a row for each epoch; no file where there is none."""
@@ -51,7 +57,8 @@ class Results:
                 writer.writerows(rows)
 
     def evaluation(self, evaluation: Evaluation, truth: Truth, subset: bool) -> None:
-        """metrics.json, predictions.json and ground_truth.json, unrounded.
+        """metrics.json, predictions.json (and predictions_segm.json or predictions_keypoints.json) and
+        ground_truth.json, unrounded.
 
         Args:
             evaluation: what was found.
@@ -60,16 +67,23 @@ class Results:
         """
         if not self.writes:
             return
-        prefix = "subset_" if subset else ""
-        metrics: dict[str, Any] = {f"{prefix}{name}": value for name, value in evaluation.metrics.items()}
+        name_of = "subset_" if subset else ""
+        metrics: dict[str, Any] = {f"{name_of}{name}": value for name, value in evaluation.metrics.items()}
         metrics |= {"per_class": evaluation.per_class, "images": evaluation.images, "boxes": evaluation.boxes}
-        rows = [
-            {"image_id": int(row[0]), "category_id": int(row[6]), "bbox": row[1:5], "score": row[5]}
-            for row in evaluation.detections.tolist()
-        ]
-        self.write("predictions.json", json.dumps(rows))
+        sizes = truth.sizes_by_id(np.arange(len(truth)))
+        for kind in evaluation.iou_types:
+            self._write_list(KINDS[kind][2], evaluation.detections.results(kind, sizes))
         self.write("ground_truth.json", json.dumps(truth.dataset()))
         self.write("metrics.json", json.dumps(metrics, indent=2))
+
+    def _write_list(self, name: str, entries: Iterable[dict[str, Any]]) -> None:
+        """A JSON list, of which one entry is in memory at a time."""
+        with whole_file(self.folder / name) as draft, open(draft, "w", encoding="utf-8") as file:
+            before = "["
+            for entry in entries:
+                file.write(before + json.dumps(entry))
+                before = ", "
+            file.write("]" if before == ", " else "[]")
 
     def tide(self, tide: dict[str, float]) -> None:
         """Add AP50 lost by kind of error to metrics.json."""
@@ -103,7 +117,8 @@ def epoch_row(
     row |= {"peak_memory_gb": round(max(whole.memory) / 1e9, 3)}
     row |= {f"train/{name}": value for name, value in losses.items()}
     row |= {f"{val}/{name}": result.losses[name] if result else None for name in losses}
-    row |= {f"{val}/{name}": result.metrics[name] if result else None for name in metric_names(config.max_dets)}
+    names = metric_names(config.max_dets, task_of(state.detector).iou_types)
+    row |= {f"{val}/{name}": result.metrics[name] if result else None for name in names}
     return row | {f"lr/pg{i}": group["lr"] for i, group in enumerate(state.optimizer.param_groups)}
 
 

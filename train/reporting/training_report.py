@@ -69,6 +69,8 @@ class TrainingReport(Report):
         self.say(lines.data_line(data, train.scanned, val))
         self.say(lines.batch_line(schedule, ranks))
         self.say(lines.optimizer_line(schedule))
+        if not train.flips:
+            self.say("warning: the data YAML names no flip_idx, so images are not flipped (--fliplr, --flipud)")
         if train.albumentations:
             self.say("augment    Albumentations is installed, so Ultralytics adds its blur, grey and CLAHE")
         if config.sync_bn and (ranks == 1 or self.accelerator.device.type != "cuda"):
@@ -128,7 +130,8 @@ class TrainingReport(Report):
         if self.draws:
             file = self.folder / f"train_batch{i}.jpg"
             # Copies: the step goes on with the batch, and the drawing changes images and boxes.
-            shown = copied({name: batch[name] for name in ("img", "cls", "bboxes", "batch_idx", "im_file")})
+            drawn = ("img", "cls", "bboxes", "batch_idx", "im_file", "masks", "keypoints")
+            shown = copied({name: batch[name] for name in drawn if name in batch})
             self._draw(lambda: plots().draw_batch(shown, self.names, file))
 
     def lost(self, places: list[int], images: Labels) -> None:

@@ -3,15 +3,17 @@
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import wandb
 from wandb.plot import CustomChart
 
 from train.config.words import printable
-from train.evaluation.coco import COLUMNS
+from train.evaluation.coco import COLUMNS, MEASURED
+from train.evaluation.detections import prefix
 from train.evaluation.evaluate import Evaluation
 from train.evaluation.truth import Truth
-from train.reporting.plots import CONFIDENCE, Box, boxes_on, same_images, small_picture
+from train.reporting.plots import CONFIDENCE, Mark, marks_on, same_images, small_picture, with_keypoints
 from train.training.state import TrainState
 
 
@@ -35,21 +37,24 @@ def tables(result: Evaluation, truth: Truth, val: str, diagnosis: dict[str, Any]
         val: what the metrics are filed under.
         diagnosis: what `diagnose` returned.
     """
-    by_class = [[name, *(values[c] for c in COLUMNS)] for name, values in result.per_class.items()]
-    shown: dict[str, Any] = {f"{val}/per_class": wandb.Table(columns=["class", *COLUMNS], data=by_class)}
+    columns = [*COLUMNS, *(prefix(kind) + name for kind in result.iou_types[1:] for name in MEASURED)]
+    by_class = [[name, *(values[c] for c in columns)] for name, values in result.per_class.items()]
+    shown: dict[str, Any] = {f"{val}/per_class": wandb.Table(columns=["class", *columns], data=by_class)}
     by_id = truth.names
-    names = [by_id[id_] for id_ in result.curves.category_ids]
-    curves = [
-        [name, round(i / 20, 2), float(precision[i * 5])]
-        for name, precision in zip(names, result.curves.pr, strict=True)
-        for i in range(21)
-        if precision[0] >= 0
-    ]
-    shown[f"{val}/PR_curve"] = wandb.plot_table(
-        "wandb/area-under-curve/v0", wandb.Table(columns=["class", "recall", "precision"], data=curves),
-        {"x": "recall", "y": "precision", "class": "class"},
-        {"title": "Precision-recall at IoU 0.50", "x-axis-title": "Recall", "y-axis-title": "Precision"},
-    )  # fmt: skip
+    for kind, curves in result.curves.items():
+        names = [by_id[id_] for id_ in curves.category_ids]
+        points = [
+            [name, round(i / 20, 2), float(precision[i * 5])]
+            for name, precision in zip(names, curves.pr, strict=True)
+            for i in range(21)
+            if precision[0] >= 0
+        ]
+        what = f"{prefix(kind).rstrip('/')} precision-recall at {'OKS' if kind == 'keypoints' else 'IoU'} 0.50".strip()
+        shown[f"{val}/{prefix(kind)}PR_curve"] = wandb.plot_table(
+            "wandb/area-under-curve/v0", wandb.Table(columns=["class", "recall", "precision"], data=points),
+            {"x": "recall", "y": "precision", "class": "class"},
+            {"title": what[0].upper() + what[1:], "x-axis-title": "Recall", "y-axis-title": "Precision"},
+        )  # fmt: skip
     if diagnosis:
         labels = [*names, "background"]
         counts = [
@@ -63,15 +68,19 @@ def tables(result: Evaluation, truth: Truth, val: str, diagnosis: dict[str, Any]
     pictures = []
     for place in same_images(truth):
         image, file = truth.size_of(place), truth.file(place)
-        marks, found = boxes_on(place, truth, result.detections)
+        marks, found = marks_on(place, truth, result.detections)
+        both = (("truth", marks), ("detections", found))
         boxes = {
             kind: {"box_data": [_wandb_box(mark, image, by_id) for mark in some], "class_labels": by_id}
-            for kind, some in (("truth", marks), ("detections", found))
+            for kind, some in both
         }
         picture = small_picture(file)
         if picture is not None:
+            masked = result.detections.masks is not None
+            masks = {kind: _wandb_mask(some, picture, by_id) for kind, some in both} if masked else None
+            picture = with_keypoints(picture, found, picture.shape[0] / image["height"])
             caption = f"{printable(Path(file).name)}: {len(marks)} boxes, {len(found)} detections"
-            pictures.append(wandb.Image(picture, boxes=boxes, caption=caption, file_type="jpg"))
+            pictures.append(wandb.Image(picture, boxes=boxes, masks=masks, caption=caption, file_type="jpg"))
     shown[f"{val}/examples"] = pictures  # a panel with a slider over the epochs
     return shown
 
@@ -90,9 +99,21 @@ def as_files(run: Any, shown: dict[str, Any], step: int) -> dict[str, Any]:
     return shown
 
 
-def _wandb_box(mark: Box, image: dict, names: dict[int, str]) -> dict[str, Any]:
+def _wandb_mask(marks: list[Mark], picture: np.ndarray, names: dict[int, str]) -> dict[str, Any]:
+    """Masks as W&B has them: a class for each pixel, of one picture; 0 is background."""
+    classes = {id_: number for number, id_ in enumerate(names, 1)}
+    data = np.zeros(picture.shape[:2], np.uint16 if len(names) > 254 else np.uint8)
+    for mark in sorted(marks, key=lambda mark: -1 if mark.mask is None else -int(mark.mask.sum())):
+        if mark.mask is not None:  # the smaller lie over the larger
+            data[cv2.resize(mark.mask, picture.shape[1::-1], interpolation=cv2.INTER_NEAREST) > 0] = classes[
+                mark.category
+            ]
+    return {"mask_data": data, "class_labels": {0: "background"} | {classes[id_]: name for id_, name in names.items()}}
+
+
+def _wandb_box(mark: Mark, image: dict, names: dict[int, str]) -> dict[str, Any]:
     """A box (ltwh in the image's pixels) as W&B has it: corners as shares of the image."""
-    (x, y, w, h), category, score = mark
+    (x, y, w, h), category, score = mark.box, mark.category, mark.score
     across, down = image["width"], image["height"]
     position = {"minX": x / across, "maxX": (x + w) / across, "minY": y / down, "maxY": (y + h) / down}
     box: dict[str, Any] = {"position": position, "class_id": category, "box_caption": names[category]}

@@ -17,6 +17,7 @@ from train.model.build import ModelEMA
 from train.model.loss import end_of_epoch, set_length
 from train.training.meter import Meter, Window
 
+MEASURES = ("AP", "0.1 AP50 + 0.9 AP")  # of the best epoch: now, and of runs that began before 8.4's
 FORMAT = 2  # of a saved state; 1 had the ends of epochs alone
 PLAIN = (
     "rows",
@@ -49,6 +50,7 @@ class TrainState:
     picked: str = ""  # the optimizer
     best_epoch: int = -1  # none yet
     best_fitness: float = -math.inf
+    measure: str = MEASURES[0]  # of the best epoch, by its own name
     best_ap: float = -1.0
     last_ap: float = -1.0  # of the last validation
     lost: list[int] = field(default_factory=list)  # training images that can no longer be read, see `LostImages`
@@ -87,10 +89,12 @@ class TrainState:
 
     def note(self, result: Evaluation) -> None:
         """Take over what the validation of the epoch that has just finished says of the best epoch."""
-        self.last_ap = result.metrics["AP"]
-        if result.fitness > self.best_fitness:
+        self.last_ap, fitness = result.metrics["AP"], result.fitness
+        if self.measure != MEASURES[0]:
+            fitness = 0.1 * result.metrics["AP50"] + 0.9 * result.metrics["AP"]
+        if fitness > self.best_fitness:
             self.before = self.best_epoch, self.best_fitness, self.best_ap
-            self.best_epoch, self.best_fitness, self.best_ap = self.epoch, result.fitness, result.metrics["AP"]
+            self.best_epoch, self.best_fitness, self.best_ap = self.epoch, fitness, result.metrics["AP"]
 
     def forget(self) -> None:
         """The best epoch could not be saved: the one before it is the best that there is."""
@@ -114,7 +118,7 @@ class TrainState:
             name: asdict(w) if w and within else None for name, w in (("whole", self.whole), ("since", self.since))
         }
         elapsed = self.seconds if within else 0.0
-        content: dict[str, Any] = {name: getattr(self, name) for name in PLAIN} | windows
+        content: dict[str, Any] = {name: getattr(self, name) for name in PLAIN} | windows | {"measure": self.measure}
         content |= {"format": FORMAT, "pending": pending, "elapsed": elapsed, "options": asdict(config)}
         content |= {
             "lost": self.lost,
@@ -143,7 +147,7 @@ class TrainState:
             for name in PLAIN:
                 setattr(self, name, saved[name])
             self.picked = self.picked or picked
-            self.lost = saved.get("lost", [])  # which older states do not have
+            self.lost, self.measure = saved.get("lost", []), saved.get("measure", MEASURES[1])  # older states lack both
             self.elapsed = saved["elapsed"]
             ranks = self.accelerator.num_processes
             for name in ("whole", "since"):

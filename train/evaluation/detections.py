@@ -1,0 +1,83 @@
+"""What was found on the images of a split, in the forms that COCO's tools take."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+# What COCO measures by: the beginning of its metrics' names, and of these in words, and the results file
+KINDS = {
+    "bbox": ("", "", "predictions.json"),
+    "segm": ("mask/", "mask ", "predictions_segm.json"),
+    "keypoints": ("pose/", "pose ", "predictions_keypoints.json"),
+}
+
+
+def prefix(iou_type: str) -> str:
+    """What the names of metrics by this measure of overlap begin with."""
+    return KINDS[iou_type][0]
+
+
+@dataclass
+class Detections:
+    """Detections by image id, in the order of NMS within an image."""
+
+    # (n, 7) float64 image id, x, y, width, height, score, category id; x, y is the top left corner, in pixels of the
+    # original image
+    rows: np.ndarray
+    masks: list[bytes] | None = None  # of each COCO's run-length counts, compressed
+    keypoints: np.ndarray | None = None  # (n, keypoints, 3) float64: x, y in pixels of the original image, score
+    boxed: bool = True  # whether they have boxes; a results file may have masks or keypoints alone
+    area_of_box: bool = (
+        False  # whether their area is their box's in any case, as COCO's tools take it of a results file
+    )
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def iou_types(self) -> tuple[str, ...]:
+        """What they can be measured by."""
+        has = {"bbox": self.boxed, "segm": self.masks is not None, "keypoints": self.keypoints is not None}
+        return tuple(iou_type for iou_type, there in has.items() if there)
+
+    def between(self, first: int, last: int) -> "Detections":
+        """Those of the images with ids from `first` to `last`."""
+        start, end = np.searchsorted(self.rows[:, 0], (first, last + 1))
+        return self._those(slice(start, end))
+
+    def sure(self, confidence: float) -> "Detections":
+        """Those from this confidence on."""
+        return self._those(np.flatnonzero(self.rows[:, 5] >= confidence))
+
+    def _those(self, which: Any) -> "Detections":
+        masks = self.masks
+        if masks is not None:
+            masks = masks[which] if isinstance(which, slice) else [masks[i] for i in which]
+        keypoints = None if self.keypoints is None else self.keypoints[which]
+        return replace(self, rows=self.rows[which], masks=masks, keypoints=keypoints)
+
+    def results(self, iou_type: str, sizes: dict[int, tuple[int, int]]) -> Iterator[dict[str, Any]]:
+        """COCO's results, one by one. Those of masks and keypoints have no box: COCO's tools would take that for the
+        area.
+
+        Args:
+            iou_type: which of their forms.
+            sizes: height and width of the images by id.
+        """
+        for i, (image, *box, score, category) in enumerate(self.rows.tolist()):
+            one = {"image_id": int(image), "category_id": int(category)}
+            if iou_type == "bbox":
+                yield one | {"bbox": box, "score": score}
+            elif iou_type == "segm":
+                assert self.masks is not None
+                yield one | {"segmentation": rle(self.masks[i], sizes[int(image)]), "score": score}
+            else:
+                assert self.keypoints is not None
+                yield one | {"keypoints": self.keypoints[i].ravel().tolist(), "score": score}
+
+
+def rle(counts: bytes, size: tuple[int, int]) -> dict[str, Any]:
+    """COCO's dict of an encoded mask, as JSON has it."""
+    return {"size": [*size], "counts": counts.decode()}
