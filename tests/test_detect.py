@@ -29,6 +29,7 @@ def rows(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_losses_of_one_process_and_two_agree(runs, trained: Path):
     assert [row["global_step"] for row in rows(runs[1][0])] == [row["global_step"] for row in rows(runs[2][0])]
     home = trained.parent.parent.parent  # has the built-in shapes
@@ -42,6 +43,7 @@ def test_losses_of_one_process_and_two_agree(runs, trained: Path):
     assert one["global_step"] == two["global_step"] == "2"  # of four batches: --nbs 64
 
 
+@pytest.mark.slow
 def test_gradients_in_bf16_are_nearly_those_in_fp32(runs, tmp_path: Path, shapes: Path):
     """The ranks' weights are the same, else their validation would say that they are not."""
     options = "--imgsz 64 --epochs 2 --batch 8 --nbs 8 --warmup-epochs 0 --workers 1 --trackers none --no-plots"

@@ -74,7 +74,7 @@ def results(request, folders: dict[str, dict[int, Path]]) -> tuple[str, dict[int
 def prepared(task: str, yaml: Path, home: Path) -> Path:
     """A checkpoint that finds something, and in the folder the cases and what they need."""
     model = ROOT / "tests" / "fixtures" / {"segment": "tiny-seg.yaml", "pose": "tiny-pose.yaml"}[task]
-    options = "--imgsz 160 --epochs 24 --val-interval 24 --batch 8 --nbs 8 --optimizer AdamW --lr0 0.01 --mosaic 0"
+    options = "--imgsz 160 --epochs 12 --val-interval 12 --batch 4 --nbs 4 --optimizer AdamW --lr0 0.01 --mosaic 0"
     options += " --warmup-epochs 1 --workers 0 --trackers none --no-plots --hsv-h 0 --hsv-s 0 --hsv-v 0"
     succeed(1, SCRIPTS[task], "--data", yaml, "--model", model, *options.split(), cwd=home)
     best = home / "runs" / task / "exp" / "weights" / "best.pt"
@@ -101,7 +101,7 @@ def prepared(task: str, yaml: Path, home: Path) -> Path:
     cases = []
     for name, more in CASES:
         paths = {key: str(home / more[key]) for key in ("data", "annotations") if key in more}
-        cases.append([name, {"data": str(yaml)} | more | paths])
+        cases.append([name, {"data": str(yaml), "max_det": 60} | more | paths])
     (home / "cases.json").write_text(json.dumps(cases))
     return best
 

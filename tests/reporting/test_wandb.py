@@ -213,6 +213,7 @@ def test_a_key_but_no_network_is_one_warning_within_a_second(shapes: Path, tmp_p
     assert not [path for path in home if "wandb" in path]
 
 
+@pytest.mark.slow
 def test_a_home_that_cannot_be_written_is_not_missed(shapes: Path, tmp_path: Path):
     """As in a container under a user of its own: W&B goes on, in the run's folder, and says nothing of its own."""
     done, folder = without_network(shapes, tmp_path, HOME="/dev/null")

@@ -33,7 +33,7 @@ def main(accelerator: Accelerator, weights: str, cases: list, folder: Path) -> N
     rank = accelerator.process_index
     model, _ = load_detector(weights)
     model.args = get_cfg(overrides=model.args)  # the losses' gains
-    batches = []
+    batches, indexes = [], {}
     for name, options in cases:
         config = resolved(ValConfig(weights=weights, workers=0, imgsz=160, **options), accelerator)
         config = replace(config, mixed_precision=options.get("mixed_precision", "no"))
@@ -41,7 +41,9 @@ def main(accelerator: Accelerator, weights: str, cases: list, folder: Path) -> N
         data = find_data(config.data, carries=task.carries)
         config = with_sigmas(config, task, data)
         annotated = read_annotated(config, accelerator, task.carries)
-        index = read_index(data, (config.split,), config, accelerator)[config.split]
+        if config.data not in indexes:
+            indexes[config.data] = read_index(data, (config.split,), config, accelerator)[config.split]
+        index = indexes[config.data]
         labels = val_labels(index, len(data.names), config, task.carries)
         truth = read_truth(labels, data, config, accelerator, annotated)
         loader = list(val_loader(ValSet(labels, data, config, 32), config, accelerator))
