@@ -1,7 +1,10 @@
 """COCO's metric: the twelve numbers (of keypoints ten), the curves behind them, and what goes wrong."""
 
 import contextlib
+import gc
 import io
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,7 +80,9 @@ def coco_metrics(
         iou_type: COCO's `bbox`, `segm` or `keypoints`.
     """
     counts = [KEYPOINT_DETS] if iou_type == "keypoints" else list(max_dets)
-    with contextlib.redirect_stdout(io.StringIO()):  # both print their table; the caller decides what is shown
+    # Both print their table; the caller decides what is shown. And hotcoco warns of all that is not COCO's own.
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings(), _no_collection():
+        warnings.filterwarnings("ignore", message="hotcoco")
         result = (_hotcoco if evaluator == "hotcoco" else _pycocotools)(truth, detections, counts, iou_type)
         result.accumulate()
         result.summarize()
@@ -97,6 +102,18 @@ def coco_metrics(
     return metrics, curves
 
 
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """No search for garbage: among the many objects that are made here for a moment it takes longer than all else."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 def _hotcoco(truth: Truth, detections: Detections, max_dets: list[int], iou_type: str) -> Any:
     """hotcoco's evaluator after matching. Matched in chunks of images it needs half the memory, for the same bits."""
     if hotcoco is None:
@@ -111,17 +128,25 @@ def _hotcoco(truth: Truth, detections: Detections, max_dets: list[int], iou_type
         places = order[start : start + CHUNK]
         part = detections.between(int(truth.ids[places[0]]), int(truth.ids[places[-1]]))
         annotations = truth.annotations(places, before + 1, iou_type)
-        found = part.rows if iou_type == "bbox" else _with_areas(part, truth, places, iou_type)
-        stream.update([truth.size_of(i) for i in places], annotations, found)
+        images, sizes = [truth.size_of(i) for i in places], truth.sizes_by_id(places)
+        if iou_type == "keypoints":
+            stream.update(images, annotations, _with_areas(part, sizes, iou_type))
+        elif iou_type == "segm":
+            masks, rows = part.outlines(sizes), part.rows
+            if not part.area_of_box:  # hotcoco takes a row's area from its box: this one has the mask's
+                rows = rows.copy()
+                rows[:, 1:5] = 0, 0, 0, 1
+                rows[:, 3] = hotcoco.mask.area(masks) if masks else 0
+            stream.update(images, annotations, rows, segmentation=masks)
+        else:
+            stream.update(images, annotations, part.rows)
         before += len(annotations)
     return stream.finalize()
 
 
-def _with_areas(detections: Detections, truth: Truth, places: np.ndarray, iou_type: str) -> list[dict[str, Any]]:
-    """Results of the images at these places, as pycocotools' `loadRes` would complete them: where a file has boxes,
-    their areas are the detections'.
-    """
-    found = [*detections.results(iou_type, truth.sizes_by_id(places))]
+def _with_areas(detections: Detections, sizes: dict[int, tuple[int, int]], iou_type: str) -> list[dict[str, Any]]:
+    """Results as pycocotools' `loadRes` completes them: where a file has boxes, their areas are the detections'."""
+    found = [*detections.results(iou_type, sizes)]
     if detections.area_of_box:
         for one, row in zip(found, detections.rows.tolist(), strict=True):
             one |= {"bbox": row[1:5], "area": row[3] * row[4]}
@@ -133,9 +158,9 @@ def _pycocotools(truth: Truth, detections: Detections, max_dets: list[int], iou_
     coco = COCO()
     coco.dataset = truth.dataset()
     coco.createIndex()
-    places = np.arange(len(truth))
     if len(detections):
-        whole = detections.rows if iou_type == "bbox" else _with_areas(detections, truth, places, iou_type)
+        sizes = truth.sizes_by_id(np.arange(len(truth)))
+        whole = detections.rows if iou_type == "bbox" else _with_areas(detections, sizes, iou_type)
         found = coco.loadRes(whole)
     else:  # loadRes fails on none at all
         found = COCO()
@@ -199,7 +224,7 @@ def diagnose(truth: Truth, detections: Detections, confidence: float = 0.25) -> 
 
         def matched(found: Detections) -> Any:
             sizes = truth.sizes_by_id(np.array(places))
-            outlines = [one["segmentation"] for one in found.results("segm", sizes)] if masked else None
+            outlines = found.outlines(sizes) if masked else None
             result = hotcoco.COCOeval(
                 coco, coco.loadRes(found.rows, segmentation=outlines), "segm" if masked else "bbox"
             )

@@ -12,6 +12,7 @@ KINDS = {
     "segm": ("mask/", "mask ", "predictions_segm.json"),
     "keypoints": ("pose/", "pose ", "predictions_keypoints.json"),
 }
+BLOCK = 4096  # detections that are made into dicts at a time
 
 
 def prefix(iou_type: str) -> str:
@@ -58,6 +59,17 @@ class Detections:
         keypoints = None if self.keypoints is None else self.keypoints[which]
         return replace(self, rows=self.rows[which], masks=masks, keypoints=keypoints)
 
+    def outlines(self, sizes: dict[int, tuple[int, int]]) -> list[Any]:
+        """COCO's dicts of the masks.
+
+        Args:
+            sizes: height and width of the images by id.
+        """
+        assert self.masks is not None
+        of = {id_: [*size] for id_, size in sizes.items()}  # one list an image
+        images = self.rows[:, 0].astype(int).tolist()
+        return [{"size": of[id_], "counts": counts} for id_, counts in zip(images, self.masks, strict=True)]
+
     def results(self, iou_type: str, sizes: dict[int, tuple[int, int]]) -> Iterator[dict[str, Any]]:
         """COCO's results, one by one. Those of masks and keypoints have no box: COCO's tools would take that for the
         area.
@@ -66,18 +78,15 @@ class Detections:
             iou_type: which of their forms.
             sizes: height and width of the images by id.
         """
-        for i, (image, *box, score, category) in enumerate(self.rows.tolist()):
-            one = {"image_id": int(image), "category_id": int(category)}
+        for start in range(0, len(self), BLOCK):
+            part = self._those(slice(start, start + BLOCK))
             if iou_type == "bbox":
-                yield one | {"bbox": box, "score": score}
+                name, values = "bbox", part.rows[:, 1:5].tolist()
             elif iou_type == "segm":
-                assert self.masks is not None
-                yield one | {"segmentation": rle(self.masks[i], sizes[int(image)]), "score": score}
+                masks = part.outlines(sizes)
+                name, values = "segmentation", [mask | {"counts": mask["counts"].decode()} for mask in masks]
             else:
-                assert self.keypoints is not None
-                yield one | {"keypoints": self.keypoints[i].ravel().tolist(), "score": score}
-
-
-def rle(counts: bytes, size: tuple[int, int]) -> dict[str, Any]:
-    """COCO's dict of an encoded mask, as JSON has it."""
-    return {"size": [*size], "counts": counts.decode()}
+                assert part.keypoints is not None
+                name, values = "keypoints", part.keypoints.reshape(len(part), -1).tolist()
+            for (image, *_, score, category), value in zip(part.rows.tolist(), values, strict=True):
+                yield {"image_id": int(image), "category_id": int(category), name: value, "score": score}

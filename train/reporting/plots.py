@@ -201,7 +201,7 @@ def marks_on(place: int, truth: Truth, detections: Detections) -> tuple[list[Mar
     sure = detections.between(id_, id_).sure(CONFIDENCE)
     found = [Mark(row[1:5], int(row[6]), row[5]) for row in sure.rows.tolist()]
     if sure.masks is not None:
-        outlined = [one["segmentation"] for one in sure.results("segm", truth.sizes_by_id(np.array([place])))]
+        outlined = sure.outlines(truth.sizes_by_id(np.array([place])))
         for mark, one in zip([*marks, *found], [*(a["segmentation"] for a in annotations), *outlined], strict=True):
             mark.mask = coco_mask.decode(one)
     if sure.keypoints is not None:
