@@ -86,6 +86,7 @@ def test_its_page_on_wandb(run: tuple[str, Path, str]):
         assert shown.any()
 
 
+@pytest.mark.slow
 def test_it_goes_on_and_its_best_epoch_is_of_both_measures(run: tuple[str, Path, str], tmp_path: Path):
     task, folder, _ = run
     succeed(1, SCRIPTS[task], "--resume", folder, "--epochs", 3, "--project", tmp_path, cwd=tmp_path)
@@ -163,7 +164,7 @@ def test_what_is_of_another_task_names_the_right_script(
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("task", ["segment", "pose"])
+@pytest.mark.parametrize("task", ["segment", pytest.param("pose", marks=pytest.mark.slow)])
 def test_detect_serves_the_boxes_of_the_other_sets(task: str, drawn: dict[str, Path], tmp_path: Path):
     options = ["--data", drawn[task], "--model", TINY, *OPTIONS.split(), *NONE, "--epochs", 1, "--no-plots"]
     assert "AP " in succeed(1, DETECT, *options, cwd=tmp_path)

@@ -85,7 +85,8 @@ def check_same(several: dict, one: dict) -> None:
     assert furthest(one["model"], one["start"]) > 1e-3
 
 
-@pytest.mark.parametrize("task", ["segment", pytest.param("pose", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("task", OF_TASKS)
 def test_masks_and_keypoints_are_trained_as_by_one_process(task: str, drawn: dict[str, Path], tmp_path: Path):
     mode = f"global@{OF_TASKS[task][0]}"
     one, two = (ended(tmp_path, drawn[task], ranks, mode)[mode] for ranks in (1, 2))
