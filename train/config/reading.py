@@ -21,12 +21,13 @@ from train.config.errors import InputError
 from train.config.options import C, EvalConfig, TrainConfig
 from train.config.plain import mapping_of, text_of
 from train.config.sources import DEFAULTS, FROM_FILE, MAY_CHANGE, differences
+from train.config.task_options import PoseConfig, SegmentConfig
 from train.config.words import as_flag, check_flags, in_words, unknown_words
 
 Kept = Callable[[C, frozenset[str]], dict[str, Any]]
 AUTO = "auto"  # of --resume: the newest run of the same options, if it is not finished
 LARGEST = 10_000_000  # bytes of a file of options
-TASKS = ("detect", "segment", "pose")
+TASKS = tuple(kind.task for kind in (TrainConfig, SegmentConfig, PoseConfig))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -216,6 +216,7 @@ def diagnose(truth: Truth, detections: Detections, confidence: float = 0.25) -> 
     with contextlib.redirect_stdout(io.StringIO()):
         marks, images = truth.marks(), [truth.size_of(i) for i in range(len(truth))]
         places, masked = range(len(truth)), detections.masks is not None
+        sizes = truth.sizes_by_id(np.array(places))
         coco = hotcoco.COCO.from_arrays(
             images, truth.categories, truth.ids[marks.image], marks.category, marks.boxes,
             area=marks.area, iscrowd=marks.crowd,
@@ -223,7 +224,6 @@ def diagnose(truth: Truth, detections: Detections, confidence: float = 0.25) -> 
         )  # fmt: skip
 
         def matched(found: Detections) -> Any:
-            sizes = truth.sizes_by_id(np.array(places))
             outlines = found.outlines(sizes) if masked else None
             result = hotcoco.COCOeval(
                 coco, coco.loadRes(found.rows, segmentation=outlines), "segm" if masked else "bbox"

@@ -59,6 +59,8 @@ class OfGlobalBatch(v8DetectionLoss):
         super().__init__(model, **kwargs)
         self.sum_over_ranks, self.ranks = sum_over_ranks, ranks
         self.sums: dict[str, Tensor] = {}  # of this rank's part of a batch
+        if sum_over_ranks is None:
+            return
         assign = self.assigner
 
         def assign_and_sum(*args: Any, **kwargs: Any) -> Any:
