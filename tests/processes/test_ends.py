@@ -60,6 +60,17 @@ def test_ctrl_c_while_modules_are_imported(tmp_path: Path, temporary: Path, dela
         assert left_in(temporary) == []
 
 
+def test_ctrl_c_while_the_script_takes_the_launchers_place(tmp_path: Path, temporary: Path):
+    code = (
+        "import os, signal, sys\nfrom train.processes import signals\nsignals.hold()\n"
+        f"os.kill(os.getpid(), signal.SIGINT)\nos.execv(sys.executable, [sys.executable, {str(DETECT)!r}])"
+    )
+    process = begin(tmp_path, temporary, "-c", code, PYTHONPATH=str(ROOT))
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (130, "", "interrupted\n")
+    assert left_in(temporary) == []
+
+
 @pytest.mark.parametrize(
     ("ranks", "number", "words"),
     [

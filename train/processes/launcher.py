@@ -174,6 +174,7 @@ def main() -> None:
     script = given.script[1:]
     if not options:
         clean_up()
+        signals.hold()
         os.execv(sys.executable, [sys.executable, *script])
     sys.exit(launch([*options, *script]))
 

@@ -50,11 +50,19 @@ def limit(seconds: float) -> None:
     signal.setitimer(signal.ITIMER_REAL, max(seconds - age, 1e-3))
 
 
+def hold() -> None:
+    """Have signals wait until the script that takes this process's place calls `during_imports`: the new Python knows
+    them not yet, and would end without a line or with a traceback.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
+
 def during_imports() -> None:
     """End at once, with a line from one process of the machine: nothing has begun yet."""
     for number in SIGNALS:
         if signal.getsignal(number) not in (signal.SIG_IGN, None):  # nohup ignores SIGHUP
             signal.signal(number, lambda number, _: _end(number))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
 def during_work(explain: Callable[[End], End]) -> None:
