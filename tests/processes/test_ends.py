@@ -62,7 +62,7 @@ def test_ctrl_c_while_modules_are_imported(tmp_path: Path, temporary: Path, dela
 
 def test_ctrl_c_while_the_script_takes_the_launchers_place(tmp_path: Path, temporary: Path):
     code = (
-        "import os, signal, sys\nfrom train.processes import signals\nsignals.hold()\n"
+        "import os, signal, sys\nfrom train.processes import scratch, signals\nscratch.clean_up()\nsignals.hold()\n"
         f"os.kill(os.getpid(), signal.SIGINT)\nos.execv(sys.executable, [sys.executable, {str(DETECT)!r}])"
     )
     process = begin(tmp_path, temporary, "-c", code, PYTHONPATH=str(ROOT))
