@@ -32,7 +32,7 @@ from train.model.inference import detect, in_original, inference_copy
 from train.model.tasks import TASKS
 from train.processes.accelerator import resolved
 
-RANKS = (1, 2, 3)
+RANKS, MORE = (1, 2), (3, 4)
 SCRIPTS = {"segment": SEGMENT, "pose": POSE}
 KINDS = {"segment": "segm", "pose": "keypoints"}
 WORKER = ROOT / "tests" / "workers" / "evaluation.py"
@@ -123,13 +123,14 @@ def check_same(task: str, one: Path, other: Path, name: str) -> None:
 
 
 @pytest.mark.slow
-def test_nor_do_four(folders: dict[str, dict[int, Path]]):
+@pytest.mark.parametrize("ranks", MORE)
+def test_nor_do_more(folders: dict[str, dict[int, Path]], ranks: int):
     homes = {task: by_ranks[1].parent for task, by_ranks in folders.items()}
     best = {task: home / "runs" / task / "exp" / "weights" / "best.pt" for task, home in homes.items()}
-    launch_worker(homes, best, 4)
+    launch_worker(homes, best, ranks)
     for task, home in homes.items():
         for name, _ in CASES:
-            check_same(task, home / "1", home / "4", name)
+            check_same(task, home / "1", home / str(ranks), name)
 
 
 @pytest.mark.parametrize("name", ["whole", "own", "pycocotools"])
