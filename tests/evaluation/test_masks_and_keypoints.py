@@ -1,6 +1,7 @@
 """Masks and keypoints: the same bits on 1 to 4 real processes, and what pycocotools says of the results files."""
 
 import json
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import nn
+from ultralytics.utils.nms import non_max_suppression
 from ultralytics.utils.ops import crop_mask, process_mask_native, scale_boxes, scale_masks
 
 from tests.conftest import POSE, ROOT, SEGMENT, succeed
@@ -19,7 +21,7 @@ from tests.labels import to_validate_on
 from train.config.errors import InputError
 from train.config.objects import Objects
 from train.config.options import ValConfig
-from train.config.task_options import SegmentConfig
+from train.config.task_options import PoseConfig, SegmentConfig
 from train.data.files import find_data
 from train.data.sets import ValSet
 from train.evaluation.coco import KEYPOINT_METRICS, METRICS, coco_metrics, diagnose, metric_names
@@ -27,7 +29,7 @@ from train.evaluation.cocofiles import as_truth, read_annotations
 from train.evaluation.detections import Detections
 from train.evaluation.joints import joint_errors
 from train.evaluation.truth import Truth
-from train.model.build import build_model
+from train.model.build import build_model, set_end2end
 from train.model.inference import detect, in_original, inference_copy
 from train.model.tasks import TASKS
 from train.processes.accelerator import resolved
@@ -294,6 +296,31 @@ def test_masks_are_those_of_ultralytics_functions_on_one_image(kind: str, drawn:
                     shown.setdefault(size, []).append((ours & other).sum() / max((ours | other).sum(), 1))
     print({size: f"{np.mean(ious):.3f} of {len(ious)}" for size, ious in shown.items()})
     assert shown
+
+
+@pytest.mark.parametrize(
+    ("kind", "end2end"), [("yolov8n-pose.yaml", False), ("yolo26n-pose.yaml", False), ("yolo26n-pose.yaml", True)]
+)
+def test_keypoints_are_those_of_ultralytics_own_forward(kind: str, end2end: bool):
+    torch.manual_seed(0)
+    about = Objects(names={0: "a", 1: "b"}, keypoints=(4, 3), flip_idx=(0, 3, 2, 1))
+    model, _ = build_model(PoseConfig(model=kind, sigmas=(0.1,) * 4), kind, about)
+    for module in model.modules():  # statistics other than 0 and 1, so that fusing has something to do
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 1.5)
+    if "26" in kind:
+        set_end2end(model, end2end, kind)
+    image = torch.rand(2, 3, 64, 96)
+    ours = inference_copy(model, torch.device("cpu"), torch.contiguous_format)
+    theirs = deepcopy(model).eval().fuse(verbose=False)
+    with torch.inference_mode():
+        found = detect(ours(image), ours, 0.0, 0.7, 20)
+        decoded = theirs(image)[0]
+        expected = non_max_suppression(decoded, 0.0, 0.7, multi_label=True, max_det=20, nc=2, end2end=end2end)
+    for a, b in zip(found, expected, strict=True):
+        assert a.shape == (20, 6 + 12)
+        torch.testing.assert_close(a, b[:20], rtol=1e-4, atol=1e-3)
 
 
 def test_an_annotation_file_without_what_is_needed(tmp_path: Path):

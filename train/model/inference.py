@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from ultralytics.nn.modules.head import Pose26
 from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils.loss import E2ELoss
 from ultralytics.utils.nms import non_max_suppression
@@ -31,6 +32,8 @@ def inference_copy(
     head = model.model[-1]
     if losses:
         head.fuse = lambda: None  # would remove a branch, and what training alone needs
+    elif isinstance(head, Pose26):
+        head.fuse = super(Pose26, head).fuse  # its own would remove what raw outputs are made of
     model.fuse(verbose=False)
     vars(head).pop("fuse", None)
     head.training = True  # the head's own flag alone: raw outputs; its layers stay in eval mode
