@@ -17,6 +17,7 @@ from tests.conftest import ROOT
 from train.config.options import TrainConfig, ValConfig
 from train.config.reading import parse
 from train.config.task_options import PoseConfig, SegmentConfig
+from train.data.data_yaml import read_data_yaml
 from train.doctor import Options
 
 README = (ROOT / "README.md").read_text()
@@ -172,7 +173,9 @@ def test_every_option_in_a_command_parses(tmp_path: Path, monkeypatch):
         if "launch" in words[:at]:
             launcher = words[words.index("launch") + 1 :]
             assert launch_command_parser().parse_args(launcher).training_script == words[at]
-    (sweep,) = re.findall(r"^```yaml\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    data, sweep = re.findall(r"^```yaml\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    (tmp_path / "data.yaml").write_text(data)
+    assert read_data_yaml(tmp_path / "data.yaml").splits.keys() == {"train", "val"}
     content = yaml.safe_load(sweep)
     options = content["command"][content["command"].index("train/detect.py") + 1 :]
     parse(TrainConfig, "", [option for option in options if option != "${args_no_boolean_flags}"])

@@ -25,13 +25,12 @@ from train.config.options import TrainConfig
 from train.config.reading import AUTO
 from train.config.words import seconds_of
 from train.data.cache import cache_images
-from train.data.files import find_data
 from train.data.fingerprint import fingerprint
 from train.data.labels import check_usable, train_labels, val_labels
 from train.data.loaders import train_loader, val_loader
-from train.data.scan import check_ahead, read_index
+from train.data.scan import check_ahead, read_data, read_index
 from train.data.sets import TrainSet, ValSet
-from train.evaluation.cocofiles import read_annotated, read_truth
+from train.evaluation.cocofiles import read_annotated, read_truth, with_annotations
 from train.evaluation.evaluate import Evaluation, evaluate
 from train.model.build import (
     ModelEMA,
@@ -76,7 +75,7 @@ def main(config: TrainConfig) -> None:
     check_file(config.log_file, "--log-file")
     if config.time_limit:
         limit(seconds_of(config.time_limit))
-    ahead = check_ahead(config, "train", config.split)  # beside all that comes before the labels
+    ahead = check_ahead(config, "train", config.split, carries=task.carries)  # beside all that comes before the labels
     config = meet(config)
     accelerator, why_precision = start_processes(
         config.mixed_precision, config.used_trackers, config.seed, config.compress_gradients
@@ -94,9 +93,7 @@ def main(config: TrainConfig) -> None:
     ranks = accelerator.num_processes
     if config.batch % ranks:
         raise InputError(indivisible(config, ranks))
-    data = once_per_machine(
-        accelerator, lambda: find_data(config.data, config.single_cls, config.classes, task.carries)
-    )
+    data = read_data(config, task.carries, accelerator, report.say)
     check_same("The classes of --data", data.names, "Start all machines with the same data set.")
     config = with_sigmas(config, task, data)
 
@@ -113,12 +110,13 @@ def main(config: TrainConfig) -> None:
 
     # Data: an index of all labels, which was kept, or is read now by all ranks together, and mapped by each.
     report.watch.begin("reading labels")
-    annotated = read_annotated(config, accelerator, task.carries)
+    judged = with_annotations(config, data)
+    annotated = read_annotated(judged, accelerator, task.carries)
     index = read_index(data, ("train", config.split), config, accelerator, ahead, report.say, report.reading)
     train_images = train_labels(index["train"], len(data.names), config, task.carries, config.fraction)
     val_images = val_labels(index[config.split], len(data.names), config, task.carries)
     on_main(accelerator, lambda: check_usable(data.name, train_images, val_images, config))
-    truth = read_truth(val_images, data, config, accelerator, annotated)
+    truth = read_truth(val_images, data, judged, accelerator, annotated)
     before = saved["images"] if saved else {}
     images: dict[str, Tensor] = {}  # what they are now; the main process keeps it with the run
     on_main(

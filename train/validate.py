@@ -29,13 +29,18 @@ from train.config.reading import parse, typed
 from train.config.sources import FROM_CHECKPOINT
 from train.config.words import printable
 from train.data.check import Check
-from train.data.files import find_data
 from train.data.labels import Labels, check_usable, val_labels
 from train.data.listing import DataFiles
 from train.data.loaders import val_loader
-from train.data.scan import check_ahead, read_index
+from train.data.scan import check_ahead, read_data, read_index
 from train.data.sets import ValSet
-from train.evaluation.cocofiles import check_predictions, read_annotated, read_predictions, read_truth
+from train.evaluation.cocofiles import (
+    check_predictions,
+    read_annotated,
+    read_predictions,
+    read_truth,
+    with_annotations,
+)
 from train.evaluation.detections import Detections
 from train.evaluation.evaluate import evaluate, measure
 from train.evaluation.truth import Truth
@@ -81,9 +86,7 @@ def main(config: ValConfig) -> None:
 
     if not config.data:
         raise InputError(f"{config.weights} does not say what it was trained on; name the data set with --data.")
-    data = once_per_machine(
-        accelerator, lambda: find_data(config.data, config.single_cls, config.classes, task.carries)
-    )
+    data = read_data(config, task.carries, accelerator, report.say)
     if len(model.names) != len(data.names):
         raise InputError(f"{config.weights} knows {len(model.names)} classes, {data.name} names {len(data.names)}.")
     if task.carries == "keypoints" and [*model.model[-1].kpt_shape] != [*data.keypoints]:
@@ -151,6 +154,7 @@ def split_to_validate(
 ) -> tuple[Labels, Truth]:
     """The labels and the truth of the split (collective)."""
     report.watch.begin("reading labels")
+    config = with_annotations(config, data)
     annotated = read_annotated(config, accelerator, carries)
     index = read_index(data, (config.split,), config, accelerator, ahead, report.say, report.reading)
     labels = val_labels(index[config.split], len(data.names), config, carries)
@@ -174,7 +178,7 @@ def measure_file(config: ValConfig, accelerator: Accelerator, report: Report, ah
     found = here[0] if here else Detections(np.zeros((0, 7)))
     task = next(task for task in TASKS.values() if task.carries == carries)
     if config.data:
-        data = once_per_machine(accelerator, lambda: find_data(config.data, config.single_cls, config.classes, carries))
+        data = read_data(config, carries, accelerator, report.say)
         config = with_sigmas(config, task, data)
         _, truth = split_to_validate(data, config, carries, accelerator, report, ahead)
     else:

@@ -61,7 +61,7 @@ def test_class_names_are_what_is_written(tmp_path: Path):
         ("nc: 3\nnames: [a]", "says nc: 3 but names 1"),
         ("names: [a]\nchannels: 0", "says channels: 0"),
         ("names: [a]\npath: [x]", "says path"),
-        ("names: [a]\ntest: {images: x}", "`test` is a mapping; it must be a folder"),
+        ("names: [a]\ntest: {images: x}", "`test` has annotations: None; it must be"),
         ("names: [a]\ntest: 5", "`test` is 5; it must be a folder"),
         ("names: [a]\ntest: [x, 5]", "`test` is"),
         ("names: [a]\nbackbone: []\nhead: []", "is the YAML of a model; that is --model"),

@@ -20,6 +20,16 @@ def test_paths_are_relative_to_the_yaml_or_to_the_working_directory(shapes: Path
     assert data.names == {0: "a", 1: "b", 2: "c"}
 
 
+def test_a_folder_means_the_data_yaml_in_it(shapes: Path, tmp_path: Path):
+    assert len(find_data(str(shapes.parent)).images("train")) == 40
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.yaml").write_text(f"path: {shapes.parent}\nval: images/val\nnames: [a, b, c]\n")
+    with pytest.raises(InputError, match=r"a folder; name its data YAML, such as .*/a\.yaml"):
+        find_data(str(tmp_path))
+    (tmp_path / "b.yaml").rename(tmp_path / "data.yaml")  # as labelling tools call it
+    assert find_data(str(tmp_path)).name == str(tmp_path / "data.yaml")
+
+
 def test_text_lists_and_lists_of_sources(shapes: Path, tmp_path: Path):
     root = shapes.parent
     some = sorted(root.glob("images/train/*.jpg"))[:3]

@@ -186,7 +186,7 @@ def test_an_image_that_breaks_later_is_tried_again_and_then_named(shapes: Path, 
 @pytest.mark.parametrize(
     ("text", "data", "message"),
     [
-        ("train: images\nval: images\nnames: [a]\n", ".", "a folder; name its data YAML, such as data.yaml"),
+        ("train: images\nval: images\nnames: [a]\n", "labels", "a folder without a data YAML, which lists train, val"),
         (
             "train: labels\nval: images\nnames: [a]\n",
             "data.yaml",

@@ -41,7 +41,7 @@ class Validation:
     split: Literal["train", "val", "test"] = "val"
     """Split of the data set to validate on."""
     annotations: str = ""
-    """A COCO annotation file of the split: ids, areas and crowd boxes are then its own; unset takes the label files."""
+    """A COCO annotation file of the split: ids, areas and crowds are then its own. Unset takes --data's labels."""
     val_fraction: float = 1.0
     """Share of the split to validate on: a fixed subset, whose metrics have names of their own."""
     val_limit: int | None = None
@@ -149,7 +149,8 @@ class Training:
     """Data set, model and length of the training."""
 
     data: str = "shapes"
-    """The data set: an Ultralytics data YAML (a path, or a name such as coco8.yaml), or `shapes`, drawn on the spot."""
+    """The data set: an Ultralytics data YAML (a path, or a name such as coco8.yaml), a folder with one or with COCO's
+    JSON as Roboflow exports it, or `shapes`, drawn on the spot."""
     imgsz: int = 640
     """Image size in pixels: the longer side is scaled to it. A multiple of the model's largest stride, usually 32."""
     model: str = "yolov8n.yaml"

@@ -20,6 +20,7 @@ from safetensors.numpy import save_file
 
 from train.processes.files import DRAFT, whole_file
 
+UNUSED = 30 * 86400.0  # seconds after which what another has taken the place of is removed
 OLD = 86400.0  # seconds after which nobody writes a draft any more
 CHUNK = 1 << 20  # bytes
 KINDS = {"F64": np.float64, "I64": np.int64, "I32": np.int32, "U8": np.uint8, "BOOL": np.bool_}
@@ -51,6 +52,14 @@ def _remove_old_drafts(folder: Path) -> None:
         with contextlib.suppress(OSError):  # another run is faster
             if time.time() - draft.stat().st_mtime > OLD:
                 draft.unlink()
+
+
+def remove_unused(kept: Path, pattern: str) -> None:
+    """Remove what this file has taken the place of, where no run has used it for long."""
+    for file in kept.parent.glob(pattern):
+        with contextlib.suppress(OSError):  # another run is faster
+            if file != kept and time.time() - file.stat().st_mtime > UNUSED:
+                file.unlink()
 
 
 def allocate(path: Path, shapes: Mapping[str, tuple[type, tuple[int, ...]]], mode: int = 0o666) -> None:

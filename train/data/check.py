@@ -133,7 +133,9 @@ def check(data: DataFiles, split: str, asked: dict[str, Any], alive: Callable[[]
         alive: ends the process when the one that asked is gone.
     """
     folder, level = Path(asked["folder"]), asked["level"]
-    place = _hash(os.path.abspath(data.root), json.dumps(data.splits.get(split)), str(data.keypoints))[:8]
+    table, classes = data.tables.get(split, ("", []))
+    said = str(data.keypoints) + (f"{Path(table).name} {classes}" if table else "")  # beside the images
+    place = _hash(os.path.abspath(data.root), json.dumps(data.splits.get(split)), said)[:8]
     here = _newest(folder, f"{place}-*{ENDING}")
     if level == "off" and here and not _valid(here[0]):
         return Found(str(here[0]), True, checked=CHECKED["off"])
@@ -142,12 +144,12 @@ def check(data: DataFiles, split: str, asked: dict[str, Any], alive: Callable[[]
     unique = list(dict.fromkeys(files))
     listed = _places(files, unique)
     names = os.fsencode("\0".join(relative(unique, base)))
-    named = _hash(names, listed.tobytes(), str(data.keypoints))[:16]
+    named = _hash(names, listed.tobytes(), said)[:16]
     found = Found(base=base, images=len(unique), checked=CHECKED["list"])
     same = _newest(folder, f"*-{named}-*{ENDING}")
     if level == "list" and same and not _valid(same[0]):
         return dataclasses.replace(found, file=str(same[0]), valid=True)
-    changed = stats(unique, alive)
+    changed = stats(unique, not table, alive)
     stamp = _hash(changed.tobytes())[:16]
     found.checked = CHECKED["stat"]
     exact = _newest(folder, f"*-{named}-{stamp}{ENDING}")

@@ -20,7 +20,7 @@ class DataYaml(Objects):
     """A data YAML, checked."""
 
     path: str | None  # what the splits are relative to
-    splits: dict[str, str | list[str]]  # train, val, test, as they are given
+    splits: dict[str, Any]  # train, val, test, as they are given: a folder, a list, or images and their annotations
 
 
 def read_data_yaml(file: Path) -> DataYaml:
@@ -48,9 +48,12 @@ def read_data_yaml(file: Path) -> DataYaml:
     splits = {}
     for split, key in (("train", "train"), ("val", "val"), ("val", "validation"), ("test", "test")):
         if (entries := content.get(key)) and split not in splits:
-            if not isinstance(entries, str) and not _is_list_of_text(entries):
+            if isinstance(entries, dict):
+                _check_annotated(entries, key, file)
+            elif not isinstance(entries, str) and not _is_list_of_text(entries):
                 raise InputError(
-                    f"{file}: `{key}` is {shown(entries)}; it must be a folder, a .txt list, or a list of these."
+                    f"{file}: `{key}` is {shown(entries)}; it must be a folder, a .txt list, a list of these, or "
+                    "{images: FOLDER, annotations: FILE.json}."
                 )
             splits[split] = entries
     classes = content.get("nc")
@@ -58,12 +61,25 @@ def read_data_yaml(file: Path) -> DataYaml:
         names = _names(nodes["names"], file)
     elif classes is not None:
         names = {index: f"class_{index}" for index in range(classes)}
+    elif any(isinstance(entries, dict) for entries in splits.values()):
+        names = {}  # those of the annotation file
     else:
         raise InputError(f"{file} has no `names`; a data YAML lists train, val and the class names.")
     if classes is not None and classes != len(names):
         raise InputError(f"{file} says nc: {classes} but names {len(names)} classes.")
     channels = content.get("channels") or 3
     return DataYaml(path=path, splits=splits, names=names, channels=channels, **_keypoints(content, file))
+
+
+def _check_annotated(entries: dict[str, Any], key: str, file: Path) -> None:
+    """Raise InputError where a split with an annotation file is not written as one."""
+    for part in ("images", "annotations"):
+        if not isinstance(value := entries.get(part), str) or not value.strip():
+            raise InputError(
+                f"{file}: `{key}` has {part}: {shown(value)}; it must be {{images: FOLDER, annotations: FILE.json}}."
+            )
+    if unknown := [str(part) for part in entries if part not in ("images", "annotations")]:
+        raise InputError(f"{file}: `{key}` has {unknown[0][:40]!r}; it has images and annotations, and nothing else.")
 
 
 def _keypoints(content: dict[str, Any], file: Path) -> dict[str, tuple]:

@@ -2,7 +2,9 @@
 
 import json
 import os
-from dataclasses import fields
+from collections.abc import Callable
+from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +13,23 @@ from ultralytics.utils import ROOT
 
 from train.config.errors import InputError
 from train.config.objects import Carries, Objects
-from train.data.data_yaml import read_data_yaml
+from train.data.coco_json import said_by_coco
+from train.data.data_yaml import DataYaml, read_data_yaml
 from train.data.listing import DataFiles, as_list, located
 from train.data.shapes import draw_shapes
+from train.data.tables import Table, class_indices, mirrored, table_of
+from train.processes.files import cache_folder
+
+EXPORTED = "_annotations.coco.json"  # what Roboflow calls it
 
 
 def find_data(
-    data: str, single_cls: bool = False, classes: tuple[int, ...] | None = None, carries: Carries = "boxes"
+    data: str,
+    single_cls: bool = False,
+    classes: tuple[int, ...] | None = None,
+    carries: Carries = "boxes",
+    folder: Path | None = None,
+    say: Callable[[str], None] | None = lambda line: None,
 ) -> DataFiles:
     """Resolve `--data`; nothing in the YAML is executed and nothing is downloaded. Call it on one process: it may draw.
 
@@ -26,6 +38,8 @@ def find_data(
         single_cls: whether all classes are one.
         classes: indices that are asked for; unset asks for all.
         carries: what is needed of the labels; all of them have boxes.
+        folder: where what annotation files say is kept; unset takes the user's cache.
+        say: is given a line before a file is read that has not been read before; None has it not read now.
 
     Raises:
         InputError: no such YAML, a YAML that is not a data set's, a data set that is not on this machine, or one that
@@ -38,22 +52,12 @@ def find_data(
             raise InputError(
                 f"--data shapes is drawn into {Path('datasets').absolute()}, and cannot be: {error}"
             ) from None
-    path = Path(data)
-    if os.path.isdir(path):
-        found = sorted([*path.glob("*.yaml"), *path.glob("*.yml")])
-        hint = f"such as {found[0]}" if found else "which lists train, val and names"
-        raise InputError(f"--data is {data!r}, a folder; name its data YAML, {hint}.")
-    if not os.path.isfile(path):
-        packaged = ROOT / "cfg" / "datasets" / path.name
-        if path.suffix not in (".yaml", ".yml") or str(path) != path.name or not packaged.is_file():
-            hint = " Paths are written with / on this system." if "\\" in data else ""
-            raise InputError(f"--data is {data!r}, but there is no such file (looked for {path.absolute()}).{hint}")
-        path = packaged
-    if path.suffix not in (".yaml", ".yml"):
-        raise InputError(f"--data is {data!r}; it must be a data YAML, which lists train, val and names.")
-    given = read_data_yaml(path)
+    path, given = _data_set(data)
     if not given.splits:
         raise InputError(f"{path} names no images; add the lines `train: folder-or-list.txt` and `val: …`.")
+    root = _root(path, given.path, given.splits)
+    tables = _tables(root, given.splits, carries, folder or cache_folder(), say)
+    given, pairs = _with_classes(given, tables, path)
     if lacking := [index for index in classes or () if index not in given.names]:
         raise InputError(f"--classes names {lacking[0]}, but {path} has the classes 0 to {len(given.names) - 1}.")
     if carries == "keypoints" and not given.keypoints:
@@ -63,12 +67,105 @@ def find_data(
         )
     if carries == "polygons" and given.keypoints:
         raise InputError(f"{path} names a kpt_shape: its labels are keypoints, which train/pose.py trains on.")
-    root = _root(path, given.path, given.splits)
     names = {0: "item"} if single_cls else given.names
     about = {field.name: getattr(given, field.name) for field in fields(Objects)} | {"names": names}
     return DataFiles(
-        name=str(path.absolute()), root=root, splits=given.splits, endings=tuple(sorted(IMG_FORMATS)), **about
+        name=str(path.absolute()),
+        root=root,
+        splits=given.splits,
+        endings=tuple(sorted(IMG_FORMATS)),
+        tables=pairs,
+        **about,
     )
+
+
+def _data_set(data: str) -> tuple[Path, DataYaml]:
+    """What is at this place: a data YAML or a folder; or the YAML of this name that comes with Ultralytics.
+
+    Raises:
+        InputError: neither.
+    """
+    path = Path(data)
+    if os.path.isdir(path):
+        return _of_folder(path)
+    if not os.path.isfile(path):
+        packaged = ROOT / "cfg" / "datasets" / path.name
+        if path.suffix not in (".yaml", ".yml") or str(path) != path.name or not packaged.is_file():
+            hint = " Paths are written with / on this system." if "\\" in data else ""
+            raise InputError(f"--data is {data!r}, but there is no such file (looked for {path.absolute()}).{hint}")
+        path = packaged
+    if path.suffix not in (".yaml", ".yml"):
+        raise InputError(f"--data is {data!r}; it must be a data YAML, which lists train, val and names.")
+    return path, read_data_yaml(path)
+
+
+def _of_folder(folder: Path) -> tuple[Path, DataYaml]:
+    """The data set in a folder, as an export of a labelling tool leaves it there.
+
+    Raises:
+        InputError: it is none that is known.
+    """
+    exported = {
+        split: {"images": name, "annotations": f"{name}/{EXPORTED}"}
+        for split, name in (("train", "train"), ("val", "valid"), ("test", "test"))
+        if (folder / name / EXPORTED).is_file()
+    }
+    if exported:
+        return folder, DataYaml(path=str(folder.absolute()), splits=exported, names={})
+    found = sorted([*folder.glob("*.yaml"), *folder.glob("*.yml")])
+    if not found:
+        raise InputError(
+            f"--data is {str(folder)!r}, a folder without a data YAML, which lists train, val and names, and without "
+            f"train/{EXPORTED}."
+        )
+    exports = [file for file in found if file.stem == "data"]  # what labelling tools call it
+    if len(found) > 1 and not exports:
+        raise InputError(f"--data is {str(folder)!r}, a folder; name its data YAML, such as {found[0]}.")
+    file = (exports or found)[0]
+    return file, read_data_yaml(file)
+
+
+def _tables(
+    root: Path, splits: dict[str, Any], carries: Carries, folder: Path, say: Callable[[str], None] | None
+) -> dict[str, str]:
+    """The tables of the splits whose annotation file is there."""
+    tables = {}
+    for split, entries in splits.items():
+        if not isinstance(entries, dict):
+            continue
+        file = str(located(root, entries["annotations"]))
+        if os.path.isfile(file):
+            read = partial(said_by_coco, file, carries, file)
+            tables[split] = table_of(file, read, carries, folder, say)
+    return tables
+
+
+def _with_classes(given: DataYaml, tables: dict[str, str], path: Path) -> tuple[DataYaml, dict[str, list]]:
+    """The data set with the names that it lacks, from its annotation files; and by split the table, and pairs of a
+    category id and its class index.
+
+    Raises:
+        InputError: a file has a category that is no class.
+    """
+    pairs: dict[str, list] = {}
+    for split, file in tables.items():
+        table = Table(file)
+        classes = class_indices(table.names, given.names or None)
+        if isinstance(classes, str):
+            raise InputError(f"{table.source} has the category {classes!r}, which is none of the classes of {path}.")
+        if not given.names:
+            given = replace(given, names={index: table.names[id_] for id_, index in classes.items()})
+        shape = (table.keypoints, 3)
+        if table.keypoints and not given.keypoints:
+            names = table.keypoint_names or tuple(map(str, range(table.keypoints)))
+            given = replace(given, keypoints=shape, flip_idx=mirrored(names), keypoint_names=names)
+        if table.keypoints and given.keypoints != shape:
+            raise InputError(f"{table.source} has keypoints of kpt_shape {[*shape]}, {path} says {[*given.keypoints]}.")
+        pairs[split] = [file, [*map(list, classes.items())]]
+    if not given.names:
+        files = ", ".join(str(entries["annotations"]) for entries in given.splits.values() if isinstance(entries, dict))
+        raise InputError(f"{path} names no classes, and its annotation files ({files}) are not there.")
+    return given, pairs
 
 
 def _root(path: Path, named: str | None, splits: dict[str, Any]) -> Path:

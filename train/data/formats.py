@@ -4,7 +4,8 @@ import io
 import math
 import os
 import stat
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import BinaryIO
 
@@ -17,6 +18,7 @@ from ultralytics.utils.patches import imread
 LARGEST = 50_000_000  # bytes of a label file
 HEAD, TAIL, END = 65536, 4096, b"\xff\xd9"  # bytes of a JPEG in which its header, and its end, are looked for
 EMPTY = np.zeros(0), np.zeros((0, 4))
+Labels = tuple[np.ndarray, np.ndarray, list[np.ndarray]]
 
 
 @dataclass
@@ -33,9 +35,7 @@ class ImageLabels:
     keypoints: tuple[np.ndarray, ...] = ()  # (number, 2 or 3) of each box, as the file gives them; empty without
 
 
-def read_label(
-    text: str, classes: int, keypoints: tuple[int, ...] = ()
-) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
+def read_label(text: str, classes: int, keypoints: tuple[int, ...] = ()) -> Labels:
     """Parse a YOLO label file: rows of `class x y w h`, of `class x1 y1 x2 y2 x3 y3 …`, or of a box and its keypoints.
 
     Returns classes (n,), boxes (n, 4) float64 xywh normalised, and polygons (k, 2), or keypoints where there are such.
@@ -97,13 +97,28 @@ def read_label(
 def read_image(
     im_file: str, label: str, image_id: int, classes: int, keypoints: tuple[int, ...] = ()
 ) -> ImageLabels | str:
-    """One image's labels, or why it cannot be used: the loader would refuse it, or its label file is wrong.
+    """One image's labels from its label file, or why it cannot be used.
 
     Args:
         im_file: the image.
         label: its label file.
         image_id: COCO image id.
         classes, keypoints: see `read_label`.
+    """
+    read = read_labelled(im_file, label, lambda _: read_label(label_text(label), classes, keypoints), bool(keypoints))
+    return replace(read, image_id=image_id) if isinstance(read, ImageLabels) else read
+
+
+def read_labelled(
+    im_file: str, source: str, labels: Callable[[tuple[int, int]], Labels], keypoints: bool
+) -> ImageLabels | str:
+    """One image's labels, or why it cannot be used: the loader would refuse it, or what is said of it is wrong.
+
+    Args:
+        im_file: the image.
+        source: of its labels, as messages name it.
+        labels: reads them, given the image's height and width; see `read_label`.
+        keypoints: whether there are keypoints.
     """
     try:
         size = check_regular(im_file)
@@ -116,13 +131,13 @@ def read_image(
                 return f"{im_file}: {width}x{height} px is too small; 10 px is the least"
             if not (baseline and is_whole_jpeg(opened)) and (fault := decoding_fault(im_file)):
                 return f"{im_file}: not a readable image ({kind}: {fault})"
-        cls, boxes, points = read_label(label_text(label), classes, keypoints)
+        cls, boxes, points = labels((height, width))
         segments, marks = ([], tuple(points)) if keypoints else (points, ())
-        return ImageLabels(im_file, image_id, (height, width), cls, boxes, segments, size, marks)
+        return ImageLabels(im_file, 0, (height, width), cls, boxes, segments, size, marks)
     except UnicodeDecodeError:
-        return f"{label}: not UTF-8 text"
+        return f"{source}: not UTF-8 text"
     except ValueError as error:
-        return f"{label}: {error}"
+        return f"{source}: {error}"
     except ImportError:  # Ultralytics' Image.open looks for a HEIC plugin where it knows no format
         heic = im_file.lower().endswith((".heic", ".heif"))
         return f"{im_file}: " + ("HEIC needs: pip install pi-heif" if heic else "not an image of a known format")

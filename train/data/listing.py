@@ -15,6 +15,7 @@ import numpy as np
 
 from train.config.errors import InputError
 from train.config.objects import Objects
+from train.data.tables import Table
 
 BLOCK, SLOW, THREADS = 1024, 1e-4, 16  # images; seconds for one that tell a network disk; how many it is then asked for
 
@@ -27,6 +28,7 @@ class DataFiles(Objects):
     root: Path
     splits: dict[str, Any]  # train, val, test as the YAML gives them
     endings: tuple[str, ...]  # of images, in lower case
+    tables: dict[str, list]  # by split that has an annotation file: its table, and pairs of category id and class index
 
     def images(self, split: str) -> list[str]:
         """Sorted image paths of a split. An image that is listed twice is there twice: people oversample rare classes.
@@ -37,6 +39,8 @@ class DataFiles(Objects):
         entries = self.splits.get(split)
         if not entries:
             raise InputError(f"{self.name} names no `{split}` images; add a line `{split}: folder-or-list.txt`.")
+        if isinstance(entries, dict):
+            return self._annotated(split, entries)
         files: list[str] = []
         for entry in as_list(entries):
             path = located(self.root, entry)
@@ -62,6 +66,24 @@ class DataFiles(Objects):
             raise InputError(f"{self.name}: no images in {places} ({', '.join(sorted(self.endings))}).{there}")
         files.sort()
         return files
+
+    def _annotated(self, split: str, entries: dict[str, str]) -> list[str]:
+        """Image paths of a split that has an annotation file."""
+        file = self.annotations(split)
+        if split not in self.tables:
+            raise InputError(f"{self.name} says `{split}: annotations: {file}`, but there is no such file.")
+        folder = located(self.root, entries["images"])
+        if not os.path.isdir(folder):
+            raise InputError(f"{self.name} says `{split}: images: {folder}`, but there is no such folder.")
+        files = [os.path.join(folder, name) for name in Table(*self.tables[split]).files]
+        if not files:
+            raise InputError(f"{file} lists no image; {split} needs one.")
+        return files
+
+    def annotations(self, split: str) -> str:
+        """The split's annotation file; nothing where its images have label files."""
+        entries = self.splits.get(split)
+        return str(located(self.root, entries["annotations"])) if isinstance(entries, dict) else ""
 
 
 def _files_below(folder: str) -> Iterator[str]:
@@ -92,7 +114,9 @@ def located(root: Path, entry: str) -> Path:
 
 
 def as_list(entries: Any) -> list:
-    """A split's entries, of which a YAML may name one alone."""
+    """A split's entries, of which a YAML may name one alone; of one with an annotation file its images' folder."""
+    if isinstance(entries, dict):
+        return [entries["images"]]
     return entries if isinstance(entries, list) else [entries]
 
 
@@ -129,11 +153,12 @@ def label_file(image: str) -> str:
     return f"{before}/labels/{name}".rsplit(".", 1)[0] + ".txt" if images else image.rsplit(".", 1)[0] + ".txt"
 
 
-def stats(files: list[str], alive: Callable[[], None]) -> np.ndarray:
+def stats(files: list[str], beside: bool, alive: Callable[[], None]) -> np.ndarray:
     """Bytes and time of the last change (ns) of each image and of its labels, (n, 4) int64; -1 where there is no file.
 
     Args:
         files: images.
+        beside: whether they have label files.
         alive: is called now and then, and may end the work.
     """
     found = np.full((len(files), 4), -1, dtype=np.int64)
@@ -141,7 +166,7 @@ def stats(files: list[str], alive: Callable[[], None]) -> np.ndarray:
     def block(start: int) -> None:
         alive()
         for i in range(start, min(start + BLOCK, len(files))):
-            for column, file in ((0, files[i]), (2, label_file(files[i]))):
+            for column, file in ((0, files[i]), (2, label_file(files[i])))[: 1 + beside]:
                 try:
                     stat = os.stat(file)
                 except (OSError, ValueError):  # ValueError: a zero byte in a list

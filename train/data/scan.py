@@ -1,13 +1,12 @@
 """The index of each split: found, or read by all ranks of a machine together and written for all that come after."""
 
-import contextlib
 import hashlib
 import json
 import os
 import platform
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +18,16 @@ from torch.utils.data import DataLoader
 
 import train
 from train.config.errors import InputError
-from train.config.options import EvalConfig
+from train.config.objects import Carries
+from train.config.options import EvalConfig, TrainConfig, ValConfig
 from train.config.words import printable
-from train.data.arrays import open_arrays, write_arrays
+from train.data.arrays import open_arrays, remove_unused, write_arrays
 from train.data.check import Check, Found
 from train.data.files import find_data
-from train.data.formats import read_image
+from train.data.formats import ImageLabels, read_image, read_labelled
 from train.data.index import Index, finished, join, open_index, pack
 from train.data.listing import DataFiles, label_file
+from train.data.tables import Table
 from train.processes.collectives import first_of_machine, together
 from train.processes.cores import cores_of_rank
 from train.processes.devices import launched, local_processes, machine
@@ -34,7 +35,6 @@ from train.processes.files import cache_folder
 from train.processes.parent import end_with_parent
 from train.processes.room import network_disk
 
-UNUSED = 30 * 86400.0  # seconds after which an index that another has taken the place of is removed
 BLOCK = 512  # images that a worker reads before it hands over what it has read
 Counted = Callable[[Iterable[Any], int], Iterable[Any]]
 
@@ -49,7 +49,7 @@ def index_folder(config: EvalConfig) -> Path:
     return Path(config.index_dir) if config.index_dir else cache_folder()
 
 
-def check_ahead(config: Any, *splits: str) -> Check | None:
+def check_ahead(config: Any, *splits: str, carries: Carries = "boxes") -> Check | None:
     """Begin to check the splits while the ranks start; on one process of each machine.
 
     None where the data set is not known yet. What is wrong with the input is said where it is read.
@@ -57,10 +57,24 @@ def check_ahead(config: Any, *splits: str) -> Check | None:
     if launched("LOCAL_RANK", 0) or not config.data or config.data == "shapes":
         return None
     try:
-        data = find_data(config.data, config.single_cls, config.classes)
+        data = find_data(config.data, config.single_cls, config.classes, carries, index_folder(config), None)
     except InputError:
         return None
     return Check(data, splits, index_folder(config), config.index_check)
+
+
+def read_data(
+    config: TrainConfig | ValConfig, carries: Carries, accelerator: Accelerator, say: Callable[[str], None]
+) -> DataFiles:
+    """The data set that --data means, as this machine has it (collective); see `find_data`.
+
+    Raises:
+        InputError: on all ranks, where a machine does not have it.
+    """
+    return first_of_machine(
+        accelerator,
+        lambda: find_data(config.data, config.single_cls, config.classes, carries, index_folder(config), say),
+    )
 
 
 def read_index(
@@ -139,7 +153,9 @@ def _build(
             names = os.fsdecode(listing["paths"].tobytes()).split("\0")
             files.extend(os.path.join(found.base, name) for name in names)
             bounds = np.linspace(0, len(files), ranks + 1).astype(int)
-            write_arrays(parts[rank], _read(files[bounds[rank] : bounds[rank + 1]], found.base, data, counted), {})
+            rows = bounds[rank], bounds[rank + 1]
+            blocks = _Blocks(files, rows, found.base, data.keypoints, data.tables.get(split))
+            write_arrays(parts[rank], _read(blocks, counted), {})
 
     together(read)
     found.file, warning = first_of_machine(
@@ -149,23 +165,22 @@ def _build(
         say(warning)
 
 
-def _read(files: list[str], base: str, data: DataFiles, counted: Counted) -> dict[str, np.ndarray]:
+def _read(blocks: "_Blocks", counted: Counted) -> dict[str, np.ndarray]:
     """The labels of some images, packed. By processes, for threads would wait for each other."""
-    blocks = _Blocks(files, base, data.keypoints)
     workers = min(cores_of_rank(), len(blocks)) if len(blocks) > 1 else 0
     loader: DataLoader = DataLoader(
         blocks,  # type: ignore[arg-type]  # a sequence is a data set
         batch_size=None, collate_fn=_as_it_is, num_workers=workers, worker_init_fn=end_with_parent,
         generator=torch.Generator(),  # the global one is the run's
     )  # fmt: skip
-    done = [pack([], base)]
+    done = [pack([], blocks.base)]
 
     def images() -> Iterator[None]:
         for block in loader:
             done.append(block)
             yield from [None] * len(block["sizes"])
 
-    for _ in counted(images(), len(files)):
+    for _ in counted(images(), blocks.end - blocks.first):
         pass
     return join(done)
 
@@ -175,19 +190,36 @@ def _as_it_is(block: Any) -> Any:
 
 
 class _Blocks(Sequence[dict[str, np.ndarray]]):
-    """The labels of some images, read when they are asked for, a block at a time."""
+    """The labels of some images of a split, read when they are asked for, a block at a time.
 
-    def __init__(self, files: list[str], base: str, keypoints: tuple[int, ...]):
-        self.files, self.base, self.keypoints = files, base, keypoints
+    Args:
+        files: all images of the split.
+        rows: the first of them, and the one after the last.
+        base, keypoints: see `pack` and `read_label`.
+        table: of the split's annotation file, if it has one.
+    """
+
+    def __init__(
+        self, files: list[str], rows: tuple[int, int], base: str, keypoints: tuple[int, ...], table: list | None
+    ):
+        (self.first, self.end), self.files, self.base, self.keypoints = rows, files, base, keypoints
+        self.table = Table(*table) if table else None
 
     def __len__(self) -> int:
-        return -(-len(self.files) // BLOCK)
+        return -(-(self.end - self.first) // BLOCK)
 
     def __getitem__(self, i: Any) -> Any:
         if i >= len(self):
             raise IndexError(i)
-        files = self.files[i * BLOCK : (i + 1) * BLOCK]
-        return pack([read_image(f, label_file(f), 0, sys.maxsize, self.keypoints) for f in files], self.base)
+        first = self.first + i * BLOCK
+        return pack([self._image(row) for row in range(first, min(first + BLOCK, self.end))], self.base)
+
+    def _image(self, row: int) -> ImageLabels | str:
+        file = self.files[row]
+        if self.table is None:
+            return read_image(file, label_file(file), 0, sys.maxsize, self.keypoints)
+        source = f"{self.table.source}: {file}"
+        return read_labelled(file, source, partial(self.table.labels, row), bool(self.keypoints))
 
 
 def _join(parts: list[Path], found: Found, data: DataFiles, files: list[str]) -> tuple[str, str]:
@@ -213,19 +245,10 @@ def _join(parts: list[Path], found: Found, data: DataFiles, files: list[str]) ->
                 f"({worse.strerror or worse}). Name another place with --index-dir."
             ) from None
         found.file = str(own)
-    _remove_unused(Path(found.file))
+    remove_unused(Path(found.file), f"{Path(found.file).name.partition('-')[0]}-*.labels*")
     for part in parts:
         part.unlink(missing_ok=True)
     return found.file, warning
-
-
-def _remove_unused(index: Path) -> None:
-    """Remove what this index has taken the place of, where no run has used it for long."""
-    place = index.name.partition("-")[0]
-    for file in index.parent.glob(f"{place}-*.labels*"):
-        with contextlib.suppress(OSError):  # another run is faster
-            if file != index and time.time() - file.stat().st_mtime > UNUSED:
-                file.unlink()
 
 
 def _check_same(index: Index, data: DataFiles, accelerator: Accelerator) -> None:

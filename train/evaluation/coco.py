@@ -1,10 +1,8 @@
 """COCO's metric: the twelve numbers (of keypoints ten), the curves behind them, and what goes wrong."""
 
 import contextlib
-import gc
 import io
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +11,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from train.config.errors import InputError
+from train.data.coco_json import no_collection
 from train.evaluation.detections import Detections, prefix
 from train.evaluation.truth import Truth
 
@@ -81,7 +80,7 @@ def coco_metrics(
     """
     counts = [KEYPOINT_DETS] if iou_type == "keypoints" else list(max_dets)
     # Both print their table; the caller decides what is shown. And hotcoco warns of all that is not COCO's own.
-    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings(), _no_collection():
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings(), no_collection():
         warnings.filterwarnings("ignore", message="hotcoco")
         result = (_hotcoco if evaluator == "hotcoco" else _pycocotools)(truth, detections, counts, iou_type)
         result.accumulate()
@@ -100,18 +99,6 @@ def coco_metrics(
     for name, values in zip(AT_BEST, (curves.p, curves.r, curves.f1), strict=True):
         metrics[name] = _mean(values[:, curves.best])
     return metrics, curves
-
-
-@contextlib.contextmanager
-def _no_collection() -> Iterator[None]:
-    """No search for garbage: among the many objects that are made here for a moment it takes longer than all else."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def _hotcoco(truth: Truth, detections: Detections, max_dets: list[int], iou_type: str) -> Any:

@@ -1,10 +1,10 @@
 """COCO's files: truth from an annotation file, detections from a results file."""
 
-import json
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from accelerate import Accelerator
@@ -12,34 +12,15 @@ from accelerate import Accelerator
 from train.config.errors import InputError
 from train.config.objects import Carries, Objects
 from train.config.options import EvalConfig
-from train.config.plain import checked_name
-from train.data.formats import check_regular
+from train.data.coco_json import UNREADABLE, json_fault, read_coco, read_json
 from train.data.labels import Labels
+from train.data.listing import DataFiles
+from train.data.runlengths import counts_of
 from train.evaluation.detections import Detections
-from train.evaluation.runlengths import are_polygons, counts_of, is_mask
 from train.evaluation.truth import Marks, Truth
 from train.processes.collectives import on_main
 
-# How reading a JSON file fails that holds something else
-UNREADABLE = (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError, RecursionError)
-
-
-def _json(file: str) -> Any:
-    check_regular(file)
-    return json.loads(Path(file).read_text(encoding="utf-8-sig"))
-
-
-def _reason(error: BaseException, where: str) -> str:
-    """What is wrong with a JSON file, in words: Python's own would be of its types."""
-    if isinstance(error, KeyError):
-        return f"{where} has no {error}"
-    if isinstance(error, OSError):
-        return error.strerror or str(error)
-    if isinstance(error, UnicodeDecodeError):
-        return "it is not UTF-8"
-    if isinstance(error, json.JSONDecodeError):
-        return f"it is no JSON: {error}"
-    return f"{where} is not what COCO has there"
+Configured = TypeVar("Configured", bound=EvalConfig)
 
 
 def _span(ids: list[int]) -> str:
@@ -47,104 +28,8 @@ def _span(ids: list[int]) -> str:
 
 
 def read_annotations(file: str, carries: Carries = "boxes") -> Truth:
-    """A COCO annotation file, as far as this project uses it.
-
-    Args:
-        file: its name.
-        carries: what is needed of the annotations beside their boxes.
-
-    Raises:
-        InputError: it is not one.
-    """
-    place = "it"
-
-    def each(kind: str) -> Iterator[dict[str, Any]]:
-        nonlocal place
-        for number, entry in enumerate(content[kind], 1):
-            place = f"entry {number} of `{kind}`"
-            yield entry
-        place = "it"
-
-    try:
-        content = _json(file)
-        truth: dict[str, list[dict[str, Any]]] = {
-            "images": [
-                {
-                    "id": int(i["id"]),
-                    "file_name": str(i["file_name"]),
-                    "width": int(i["width"]),
-                    "height": int(i["height"]),
-                }
-                for i in each("images")
-            ],
-            "annotations": [
-                {
-                    "id": number,
-                    "image_id": int(a["image_id"]),
-                    "category_id": int(a["category_id"]),
-                    "bbox": [float(x) for x in a["bbox"]],
-                    "area": float(a.get("area", a["bbox"][2] * a["bbox"][3])),
-                    "iscrowd": int(a.get("iscrowd", 0)),
-                    "beside": _beside(a, carries),
-                }
-                for number, a in enumerate(each("annotations"), 1)
-            ],
-            "categories": [{"id": int(c["id"]), "name": str(c["name"])} for c in each("categories")],
-        }
-    except UNREADABLE as error:
-        reason = _reason(error, place)
-        raise InputError(f"--annotations {file} is not a COCO annotation file that can be read: {reason}") from None
-    names: dict[str, int] = {}
-    for category in truth["categories"]:
-        name = checked_name(category["name"], f"--annotations {file}: category {category['id']}")
-        if name in names:
-            raise InputError(
-                f"--annotations {file}: the categories {names[name]} and {category['id']} are both {name!r}."
-            )
-        names[name] = category["id"]
-    known = {kind: {entry["id"] for entry in truth[kind]} for kind in ("images", "categories")}
-    for kind, ids in known.items():
-        if len(ids) < len(truth[kind]):
-            raise InputError(f"--annotations {file} has an id twice among its {kind}.")
-    for a in truth["annotations"]:
-        if len(a["bbox"]) != 4 or not np.isfinite([*a["bbox"], a["area"]]).all():
-            raise InputError(f"--annotations {file}: annotation {a['id']} has the bbox {a['bbox']}, not four numbers.")
-        if a["image_id"] not in known["images"] or a["category_id"] not in known["categories"]:
-            raise InputError(
-                f"--annotations {file}: annotation {a['id']} is of image {a['image_id']} and category "
-                f"{a['category_id']}, which the file does not list."
-            )
-    _check_beside(truth, carries, f"--annotations {file}")
-    return as_truth(truth)
-
-
-def _beside(annotation: dict[str, Any], carries: Carries) -> dict[str, Any] | None:
-    """What an annotation has beside its box; None where it is not needed."""
-    if carries == "polygons":
-        return {"segmentation": annotation["segmentation"]}
-    if carries == "keypoints":
-        points = [float(value) for value in annotation["keypoints"]]
-        seen = annotation.get("num_keypoints", sum(v > 0 for v in points[2::3]))
-        return {"keypoints": points, "num_keypoints": int(seen)}
-    return None
-
-
-def _check_beside(truth: dict[str, list[dict[str, Any]]], carries: Carries, source: str) -> None:
-    """Raise InputError where a mask or keypoints are not what COCO has there."""
-    sizes = {image["id"]: (image["height"], image["width"]) for image in truth["images"]}
-    numbers = {len(a["beside"]["keypoints"]) for a in truth["annotations"]} if carries == "keypoints" else set()
-    if len(numbers) > 1 or any(number == 0 or number % 3 for number in numbers):
-        raise InputError(
-            f"{source}: its keypoints are lists of {', '.join(map(str, sorted(numbers)))} numbers; each must have x, y "
-            "and visibility of equally many."
-        )
-    for a in truth["annotations"] if carries == "polygons" else ():
-        mask, size = a["beside"]["segmentation"], sizes[a["image_id"]]
-        if not are_polygons(mask) and not is_mask(mask, size):
-            raise InputError(
-                f"{source}: the segmentation of annotation {a['id']} is neither polygons, lists of 6 or more numbers, "
-                "nor run lengths (size, counts) of its image."
-            )
+    """The truth that a COCO annotation file says; InputError where it is not one."""
+    return as_truth(read_coco(file, carries, f"--annotations {file}"))
 
 
 def as_truth(content: dict[str, Any], sigmas: Sequence[float] = ()) -> Truth:
@@ -195,6 +80,7 @@ def own_truth(file: str, labels: Labels, names: dict[int, str], config: EvalConf
         same = by_name.get(Path(im_file).name, [])
         if len(same) > 1:  # then the folders must tell them apart
             same = [place for place in same if Path(im_file).as_posix().endswith(f"/{said.file(place)}")]
+            same = sorted(same, key=lambda place: -len(said.file(place)))[:1]
         found += same[:1]
         missing += [] if len(same) == 1 else [im_file]
     if missing:
@@ -230,7 +116,7 @@ def read_predictions(file: str) -> Detections:
     masks: list[bytes] | None = None
     keypoints = None
     try:
-        content = _json(file)
+        content = read_json(file)
         if not isinstance(content, list):
             raise KeyError("image_id")
         first = content[0] if content else {"bbox": []}
@@ -250,7 +136,7 @@ def read_predictions(file: str) -> Detections:
     except UNREADABLE as error:
         raise InputError(
             f"--predictions {file} is not a COCO results file, a list of image_id, category_id, score and bbox, "
-            f"segmentation or keypoints: {_reason(error, 'an entry')}"
+            f"segmentation or keypoints: {json_fault(error, 'an entry')}"
         ) from None
     if not np.isfinite(rows).all() or (keypoints is not None and not np.isfinite(keypoints).all()):
         raise InputError(f"--predictions {file} holds a value that is not a finite number.")
@@ -271,6 +157,11 @@ def check_predictions(file: str, found: Detections, truth: Truth) -> None:
                 f"--predictions {file} names {what} ids that the data set does not have, {len(unknown)} of them: "
                 f"{', '.join(f'{id_:g}' for id_ in unknown[:5])}; known are {_span(known)}."
             )
+
+
+def with_annotations(config: Configured, data: DataFiles) -> Configured:
+    """The configuration with --annotations: where it is not given, the split's own annotation file, if it has one."""
+    return replace(config, annotations=config.annotations or data.annotations(config.split))
 
 
 def read_annotated(config: EvalConfig, accelerator: Accelerator, carries: Carries = "boxes") -> Truth | None:

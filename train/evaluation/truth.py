@@ -12,7 +12,7 @@ from ultralytics.utils.ops import xywh2ltwh
 
 from train.data.formats import with_visibility
 from train.data.labels import Labels, ragged
-from train.evaluation.runlengths import encoded
+from train.data.runlengths import encoded
 
 OF_BOX = 0.53  # share of a box that its object takes up, where that is not known
 

@@ -1,0 +1,178 @@
+"""What an annotation file says of all images of a split, as arrays: it is parsed once, and all ranks map what it says.
+
+A table lies beside the indexes. It is of one state of the file: a file that has changed gets another.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+
+import train
+from train.config.errors import InputError
+from train.data.arrays import fault_of, open_arrays, remove_unused, write_arrays
+
+VERSION = 1  # of the readers
+ENDING = f".table{VERSION}"
+OUTSIDE = 0.01  # of the image's side, by which a box may leave it, as in a label file
+
+
+@dataclass
+class Said:
+    """What an annotation file says, by image in the order of their paths."""
+
+    files: list[str]  # paths of the images, relative to a folder that is not in the file
+    shapes: np.ndarray  # (n, 2) int32 height, width in pixels; 0 where the file does not say
+    image: np.ndarray  # (m,) int64: place of each object's image, ascending
+    category: np.ndarray  # (m,) int64 category id
+    boxes: np.ndarray  # (m, 4) float64: left, top, width, height in pixels
+    points: list[np.ndarray]  # of each object a polygon (k, 2), or keypoints (k, 3), in pixels; empty of boxes alone
+    names: dict[int, str]  # of the categories, by id, in order
+    keypoint_names: tuple[str, ...] = ()
+
+
+class Table:
+    """What an annotation file says, mapped.
+
+    Args:
+        file: of the table.
+        classes: pairs of a category id and its class index.
+    """
+
+    def __init__(self, file: str, classes: Iterable[tuple[int, int]] = ()):
+        self.arrays, about = open_arrays(Path(file))
+        self.source, self.dimensions = about["source"], int(about["dimensions"])
+        self.names = {int(id_): name for id_, name in json.loads(about["names"])}
+        self.keypoint_names = tuple(json.loads(about["keypoint_names"]))
+        self.classes = dict(classes)
+
+    @property
+    def files(self) -> list[str]:
+        """Paths of the images, sorted."""
+        text = os.fsdecode(self.arrays["paths"].tobytes())
+        return text.split("\0") if text else []
+
+    @property
+    def keypoints(self) -> int:
+        """Keypoints of an object."""
+        ends = self.arrays["point_ends"]
+        return int(ends[1]) // 3 if self.dimensions == 3 and len(ends) > 1 else len(self.keypoint_names)
+
+    def labels(self, row: int, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
+        """What `read_label` returns of a label file, of the image in this row.
+
+        Args:
+            row: of the table.
+            shape: height and width of the image itself, in pixels.
+
+        Raises:
+            ValueError: the file is about another size, or an object leaves the image.
+        """
+        height, width = shape
+        said = tuple(self.arrays["shapes"][row].tolist())
+        if all(said) and said != shape:
+            raise ValueError(f"it says {said[1]}x{said[0]} px of an image that has {width}x{height}")
+        first, end = self.arrays["first"][row : row + 2].tolist()
+        boxes, ends = self.arrays["boxes"][first:end], self.arrays["point_ends"]
+        points: list[np.ndarray] = []
+        if len(ends):
+            scale = (width, height, 1)[: self.dimensions]
+            bounds = pairwise(ends[first : end + 1].tolist())
+            points = [self.arrays["points"][a:b].reshape(-1, self.dimensions) / scale for a, b in bounds]
+        sides = np.array((width, height), np.float64)
+        table = np.concatenate(((boxes[:, :2] + boxes[:, 2:] / 2) / sides, boxes[:, 2:] / sides), 1)
+        low, high = boxes[:, :2] / sides, (boxes[:, :2] + boxes[:, 2:]) / sides
+        outside = ((low < -OUTSIDE) | (high > 1 + OUTSIDE)).any(1)
+        if outside.any():
+            box = boxes[outside][0].tolist()
+            raise ValueError(f"the bbox {box} (left, top, width, height) leaves its image of {width}x{height} px")
+        cls = np.array([self.classes[id_] for id_ in self.arrays["category"][first:end].tolist()], np.float64)
+        rows: dict[bytes, int] = {}  # an object that is there twice counts once, as in a label file
+        for i in range(end - first):
+            rows.setdefault(table[i].tobytes() + cls[i].tobytes() + (points[i].tobytes() if points else b""), i)
+        kept = [*rows.values()]
+        return cls[kept], table[kept], [points[i] for i in kept] if points else []
+
+
+def table_of(file: str, read: Callable[[], Said], what: str, folder: Path, say: Callable[[str], None] | None) -> str:
+    """The table of an annotation file: kept, or made now. Call it on one process of a machine.
+
+    Args:
+        file: the annotation file.
+        read: reads it.
+        what: is read of it, where that is not all.
+        folder: where tables are kept; where it cannot be written to, a temporary one takes its place.
+        say: is given a line before it is read; None has it not read now.
+
+    Raises:
+        InputError: there is none, and it is not to be read now; or what `read` raises.
+        OSError: it can be kept nowhere.
+    """
+    found = os.stat(file)
+    place = hashlib.sha256(os.fsencode(os.path.abspath(file))).hexdigest()[:8]
+    stamp = hashlib.sha256(f"{what} {found.st_size} {found.st_mtime_ns}".encode()).hexdigest()[:16]
+    table = folder / f"{place}-{stamp}{ENDING}"
+    if not fault_of(table):
+        with contextlib.suppress(OSError):  # another user's
+            os.utime(table)
+        return str(table)
+    if say is None:
+        raise InputError(f"{file} has not been read yet.")
+    say(f"reading {file}, {found.st_size / 1e6:.1f} MB")
+    said = read()
+    for at in (table, Path(train.scratch.name) / table.name):
+        try:
+            write_arrays(at, *_packed(said, file))
+        except OSError as error:
+            failure = error
+            continue
+        remove_unused(at, f"{place}-*.table*")
+        return str(at)
+    raise failure
+
+
+def _packed(said: Said, file: str) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    counts = np.bincount(said.image, minlength=len(said.files))
+    sizes = np.array([one.size for one in said.points], np.int64)
+    arrays: dict[str, np.ndarray] = {
+        "paths": np.frombuffer(os.fsencode("\0".join(said.files)), np.uint8),
+        "shapes": said.shapes.astype(np.int32),
+        "first": np.append(0, np.cumsum(counts)).astype(np.int64),
+        "category": said.category.astype(np.int64),
+        "boxes": said.boxes.astype(np.float64).reshape(-1, 4),
+        "point_ends": np.append(0, np.cumsum(sizes)).astype(np.int64) if said.points else np.zeros(0, np.int64),
+        "points": np.concatenate([one.ravel() for one in said.points]) if said.points else np.zeros(0),
+    }
+    dimensions = said.points[0].shape[1] if said.points else 2
+    about = {"source": file, "names": json.dumps([*said.names.items()]), "dimensions": str(dimensions)}
+    return arrays, about | {"keypoint_names": json.dumps(said.keypoint_names)}
+
+
+def class_indices(names: dict[int, str], given: dict[int, str] | None) -> dict[int, int] | str:
+    """Class index by category id; a category that the given class names lack where there is one.
+
+    Args:
+        names: of the categories, by id.
+        given: class names by index; without, categories are classes in the order of their ids.
+    """
+    if given is None:
+        return {id_: index for index, id_ in enumerate(sorted(names))}
+    index = {name: i for i, name in given.items()}
+    lacking = [name for name in names.values() if name not in index]
+    return lacking[0] if lacking else {id_: index[name] for id_, name in names.items()}
+
+
+def mirrored(names: Sequence[str]) -> tuple[int, ...]:
+    """For keypoints of these names the one that each becomes in a mirror: the other side's; empty where no name has a
+    side, or a side lacks the other.
+    """
+    swapped = [name.replace("left", "\0").replace("right", "left").replace("\0", "right") for name in names]
+    if swapped == [*names] or len(set(names)) < len(names) or set(swapped) != set(names):
+        return ()
+    return tuple(names.index(name) for name in swapped)
