@@ -118,7 +118,7 @@ CASES = [
     ([*GOOD, "--model", "good.yaml"], r"--model good\.yaml is the YAML of a data set; that is --data"),
     ([*GOOD, "--model", "run"], r"--model run is a folder; name a file\."),
     ([*GOOD, "--model", "best.onnx"], r"--model is 'best\.onnx', an exported model; name the \.pt checkpoint"),
-    (["--data", "void"], r"--data is 'void', a folder; name its data YAML"),
+    (["--data", "void"], r"--data is 'void', a folder without a data YAML"),
     (["--data", "utf16.yaml"], r"it is UTF-16\. Save it as UTF-8"),
     (["--data", "swapped.yaml"], r"`names` has the key 'circle'; write `0: circle`"),
     (["--data", "twins.yaml"], r"the classes 0 and 2 are both named 'a'"),

@@ -161,9 +161,9 @@ def test_the_numbers_are_pycocotools_on_the_files_as_they_are(results: tuple[str
 def test_nothing_found_and_nothing_to_find(results: tuple[str, dict[int, Path]]):
     task, folders = results
     before = {"segment": "mask/", "pose": "pose/"}[task]
-    nothing, bare = (json.loads((folders[3] / f"{name}.json").read_text())["metrics"] for name in ("nothing", "bare"))
+    nothing, bare = (json.loads((folders[2] / f"{name}.json").read_text())["metrics"] for name in ("nothing", "bare"))
     assert (nothing[f"{before}AP"], bare[f"{before}AP"]) == (0, -1)
-    assert json.loads((folders[3] / f"nothing.{KINDS[task]}.json").read_text()) == []
+    assert json.loads((folders[2] / f"nothing.{KINDS[task]}.json").read_text()) == []
 
 
 # Scenes ---------------------------------------------------------------------------------------------------------------
