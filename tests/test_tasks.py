@@ -204,6 +204,7 @@ def test_the_sigmas_are_one_for_loss_and_metric(drawn: dict[str, Path], tmp_path
     assert "--sigmas is [0.1, 0.2]; it must be 4 numbers above 0" in done.stderr
 
 
+@pytest.mark.slow
 def test_keypoints_of_two_dimensions(drawn: dict[str, Path], tmp_path: Path):
     shutil.copytree(drawn["pose"].parent, tmp_path / "flat")
     for file in (tmp_path / "flat" / "labels").rglob("*.txt"):

@@ -213,6 +213,7 @@ def evaluated(weights: Path, data: str, **options) -> Evaluation:
     return evaluate(inference_copy(model, accelerator.device, config.memory_format), loader, truth, config, accelerator)
 
 
+@pytest.mark.slow
 def test_the_validation_batch_moves_no_detection(trained: Path):
     data = str(trained.parent.parent.parent / "datasets" / "shapes" / "shapes.yaml")
     by_batch = {n: evaluated(trained / "weights" / "best.pt", data, split="train", val_batch=n) for n in (1, 7, 32)}
