@@ -175,7 +175,7 @@ CASES = [
 TASK_CASES = [
     (SEGMENT, GOOD, r"no train image has a usable label.*boxes, without polygons; train/detect\.py"),
     (SEGMENT, [*GOOD, "--model", "yolov8n.yaml"], r"Detect head, of a detect model; train/detect\.py trains that"),
-    (SEGMENT, [*GOOD, "--mask-ratio", "0"], r"--mask-ratio is 0; it must be between 1 and 64"),
+    (SEGMENT, [*GOOD, "--mask-ratio", "0"], r"--mask-ratio is 0; it must be between 1 and 32"),
     (SEGMENT, [*GOOD[2:], "--data", "pose.yaml"], r"names a kpt_shape: .* train/pose\.py"),
     (POSE, GOOD, r"good\.yaml names no kpt_shape, .*train/detect\.py"),
     (

@@ -102,6 +102,9 @@ def main(config: ValConfig) -> None:
     if model.names != data.names:
         first = next(i for i in data.names if model.names[i] != data.names[i])
         report.say(f"warning: class {first} is {model.names[first]} in the checkpoint, {data.names[first]} in the data")
+    trained = tuple(getattr(model, "kpt_oks_sigmas", None) or ())
+    if task.carries == "keypoints" and trained and trained != config.sigmas:
+        report.say("warning: OKS sigmas are not those that the checkpoint was trained with; --sigmas sets them")
     report.processes(config, precision)
     evaluated = inference_copy(model, accelerator.device, config.memory_format)
     result = evaluate(evaluated, report.watched(loader, "evaluating"), truth, config, accelerator)

@@ -17,15 +17,22 @@ from ultralytics.utils.nms import non_max_suppression
 from ultralytics.utils.ops import crop_mask, process_mask_native, scale_boxes, scale_masks
 
 from tests.conftest import POSE, ROOT, SEGMENT, succeed
-from tests.labels import to_validate_on
+from tests.labels import labels_of, to_validate_on
 from train.config.errors import InputError
 from train.config.objects import Objects
 from train.config.options import ValConfig
 from train.config.task_options import PoseConfig, SegmentConfig
 from train.data.files import find_data
+from train.data.formats import ImageLabels
 from train.data.sets import ValSet
 from train.evaluation.coco import KEYPOINT_METRICS, METRICS, coco_metrics, diagnose, metric_names
-from train.evaluation.cocofiles import as_truth, read_annotations
+from train.evaluation.cocofiles import (
+    as_truth,
+    check_predictions,
+    own_truth,
+    read_annotations,
+    read_predictions,
+)
 from train.evaluation.detections import Detections
 from train.evaluation.joints import joint_errors
 from train.evaluation.truth import Truth
@@ -296,6 +303,30 @@ def test_masks_are_those_of_ultralytics_functions_on_one_image(kind: str, drawn:
                     shown.setdefault(size, []).append((ours & other).sum() / max((ours | other).sum(), 1))
     print({size: f"{np.mean(ious):.3f} of {len(ious)}" for size, ious in shown.items()})
     assert shown
+
+
+def test_masks_of_another_size_than_their_images_are_refused(tmp_path: Path):
+    content = {
+        "images": [{"id": 1, "file_name": "a.jpg", "height": 50, "width": 40}],
+        "categories": [{"id": 0, "name": "a"}],
+        "annotations": [{"id": 1, "image_id": 1, "category_id": 0, "bbox": [1, 1, 9, 9], "area": 9, "iscrowd": 0}],
+    }
+    content["annotations"][0]["beside"] = {"segmentation": [[1, 1, 9, 1, 9, 9]]}
+    truth = as_truth(content)
+    file = tmp_path / "found.json"
+    for height, width in ((50, 40), (40, 50)):
+        mask = {"size": [height, width], "counts": [100, 50, 1850]}
+        file.write_text(json.dumps([{"image_id": 1, "category_id": 0, "score": 0.5, "segmentation": mask}]))
+        found = read_predictions(str(file))
+        if height == 50:
+            check_predictions(str(file), found, truth)
+        else:
+            with pytest.raises(InputError, match=r"1 masks of another size .* 50x40 px, image 1 of 40x50"):
+                check_predictions(str(file), found, truth)
+    entry = ImageLabels("/x/a.jpg", 1, (40, 50), np.zeros(1), np.full((1, 4), 0.5), [np.eye(2).repeat(2, 0)])
+    labels = labels_of([entry], base="/x", carries="polygons")
+    with pytest.raises(InputError, match=r"truth\.json says 40x50 px of /x/a\.jpg, which has 50x40; 1 images differ"):
+        own_truth("truth.json", labels, {0: "a"}, ValConfig(weights="x"), truth)
 
 
 @pytest.mark.parametrize(

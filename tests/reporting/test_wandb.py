@@ -9,11 +9,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import wandb
 
 from tests.conftest import DETECT, TINY, launch, state_of, succeed
 from tests.reporting.wandb_file import read
+from train.reporting.plots import Mark
+from train.reporting.wandb_page import _wandb_mask
 
 QUICK = "--imgsz 160 --batch 8 --nbs 8 --warmup-epochs 0 --workers 0 --optimizer AdamW --lr0 1e-4"
 RUN = Path("runs") / "detect" / "exp"
@@ -154,6 +158,18 @@ def test_tensorboard_has_the_numbers_too(tracked):
             break
     assert [point.step for point in read_back.Scalars("train/box_loss")] == [2, 4, 5, 7, 9, 10]
     assert len(read_back.Scalars("val/AP")) == 2
+
+
+def test_masks_of_more_classes_than_wandb_has_values_for():
+    names = {id_: f"class {id_}" for id_ in range(1000)}
+    half, whole = np.zeros((8, 8), np.uint8), np.ones((8, 8), np.uint8)
+    half[:4] = 1
+    picture = np.zeros((16, 16, 3), np.uint8)
+    shown = _wandb_mask([Mark([0, 0, 8, 4], 900, mask=half), Mark([0, 0, 8, 8], 5, mask=whole)], picture, names)
+    wandb.Image(picture, masks={"truth": shown})  # which refuses values above 255
+    assert shown["class_labels"] == {0: "background", 1: "class 5", 2: "class 900"}
+    assert shown["mask_data"][:8].tolist() == [[2] * 16] * 8
+    assert shown["mask_data"][8:].tolist() == [[1] * 16] * 8
 
 
 def test_a_resumed_training_goes_on_with_its_run(tracked):

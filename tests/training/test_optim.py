@@ -7,7 +7,7 @@ import pytest
 import torch
 from ultralytics.cfg import get_cfg
 from ultralytics.engine.trainer import BaseTrainer
-from ultralytics.nn.tasks import DetectionModel
+from ultralytics.nn.tasks import DetectionModel, SegmentationModel
 
 from train.config.options import TrainConfig
 from train.training.optim import Schedule, build_optimizer
@@ -15,7 +15,8 @@ from train.training.optim import Schedule, build_optimizer
 
 @pytest.fixture(scope="module")
 def model() -> DetectionModel:
-    return DetectionModel("yolo26n.yaml", nc=3, verbose=False)  # end to end: it has both class branches
+    """End to end: it has both class branches."""
+    return DetectionModel("yolo26n.yaml", nc=3, verbose=False)
 
 
 def theirs(model: DetectionModel, config: TrainConfig, schedule: Schedule) -> torch.optim.Optimizer:
@@ -52,6 +53,11 @@ def test_groups_are_ultralytics(model: DetectionModel, optimizer: str, images: i
         for key in set(other) - {"params", "initial_lr", "fused", "decoupled_weight_decay"}:
             assert mine[key] == other[key], key
         assert mine["initial_lr"] == other["lr"]
+
+
+@pytest.mark.parametrize("optimizer", ["SGD", "MuSGD"])
+def test_groups_of_a_segmentation_model_are_ultralytics(optimizer: str):
+    test_groups_are_ultralytics(SegmentationModel("yolo26n-seg.yaml", nc=3, verbose=False), optimizer, 640, optimizer)
 
 
 @pytest.mark.parametrize("cos_lr", [False, True])

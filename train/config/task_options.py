@@ -7,6 +7,8 @@ from typing import ClassVar
 from train.config.options import Oks, TrainConfig
 from train.config.words import outside
 
+LEAST = 32  # pixels of an image's shorter side, however long the other is (--rect): a model's stride
+
 
 @dataclass(frozen=True, kw_only=True)
 class Masks:
@@ -40,7 +42,7 @@ class SegmentConfig(Masks, TrainConfig):
 
     def faults(self) -> list[str]:
         """Every value that cannot work, one sentence each, with the flag to change."""
-        return super().faults() + outside(self, 1, self.imgsz, "mask_ratio")
+        return super().faults() + outside(self, 1, min(self.imgsz, LEAST), "mask_ratio")
 
 
 @dataclass(frozen=True, kw_only=True)

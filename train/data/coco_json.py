@@ -109,6 +109,8 @@ def read_coco(file: str, carries: Carries, source: str) -> dict[str, list[dict[s
         }
     except UNREADABLE as error:
         reason = json_fault(error, place)
+        if isinstance(error, KeyError) and error.args[0] in ("segmentation", "keypoints"):
+            reason += "; train/detect.py trains on boxes alone"
         raise InputError(f"{source} is not a COCO annotation file that can be read: {reason}") from None
     names: dict[str, int] = {}
     for category in truth["categories"]:

@@ -87,6 +87,13 @@ def own_truth(file: str, labels: Labels, names: dict[int, str], config: EvalConf
         raise InputError(f"--annotations {file} lacks {len(missing)} of {len(labels)} images, first {missing[0]}.")
     if len(set(found)) < len(found):
         raise InputError(f"--annotations {file}: two images of the split are one in the file by name.")
+    places = np.array(found, np.int64)
+    if labels.carries == "polygons" and len(other := np.flatnonzero((said.sizes[places] != labels.shapes).any(1))):
+        (height, width), (rows, columns) = said.sizes[places[other[0]]].tolist(), labels.shapes[other[0]].tolist()
+        raise InputError(
+            f"--annotations {file} says {width}x{height} px of {labels.file(int(other[0]))}, which has "
+            f"{columns}x{rows}; {len(other)} images differ. Masks must be of the images as they are."
+        )
     ids = {name: id_ for id_, name in said.names.items()}
     unknown = [] if config.single_cls else [name for name in names.values() if name not in ids]
     if unknown:
@@ -95,7 +102,6 @@ def own_truth(file: str, labels: Labels, names: dict[int, str], config: EvalConf
     chosen = set(ids.values()) if config.single_cls else set(category_ids.values())
     if config.classes is not None:
         chosen = {ids[name] for name in ids if name in {names[index] for index in config.classes if index in names}}
-    places = np.array(found, np.int64)
     marks = said.marks(places)
     keep = np.isin(marks.category, sorted(chosen))
     here = np.repeat(np.arange(len(places)), said.first[places + 1] - said.first[places])
@@ -114,7 +120,7 @@ def read_predictions(file: str) -> Detections:
         InputError: it is not a results file.
     """
     masks: list[bytes] | None = None
-    keypoints = None
+    keypoints = sizes = None
     try:
         content = read_json(file)
         if not isinstance(content, list):
@@ -129,6 +135,7 @@ def read_predictions(file: str) -> Detections:
         order = np.argsort(rows[:, 0], kind="stable")
         if "segmentation" in first:
             masks = [counts_of(content[i]["segmentation"]) for i in order]
+            sizes = np.array([content[i]["segmentation"]["size"] for i in order], np.int64).reshape(-1, 2)
         if "keypoints" in first:
             keypoints = np.array([content[i]["keypoints"] for i in order], np.float64).reshape(len(content), -1, 3)
         if not boxed and masks is None and keypoints is None:
@@ -140,11 +147,11 @@ def read_predictions(file: str) -> Detections:
         ) from None
     if not np.isfinite(rows).all() or (keypoints is not None and not np.isfinite(keypoints).all()):
         raise InputError(f"--predictions {file} holds a value that is not a finite number.")
-    return Detections(rows[order], masks, keypoints, boxed, area_of_box=boxed)
+    return Detections(rows[order], masks, keypoints, boxed, area_of_box=boxed, mask_sizes=sizes)
 
 
 def check_predictions(file: str, found: Detections, truth: Truth) -> None:
-    """Raise InputError where detections name images or categories that the truth does not have."""
+    """Raise InputError where detections name images or categories that the truth does not have, or are of others."""
     rows = found.rows
     if found.keypoints is not None and len(found) and found.keypoints.shape[1] != len(truth.sigmas):
         raise InputError(
@@ -156,6 +163,15 @@ def check_predictions(file: str, found: Detections, truth: Truth) -> None:
             raise InputError(
                 f"--predictions {file} names {what} ids that the data set does not have, {len(unknown)} of them: "
                 f"{', '.join(f'{id_:g}' for id_ in unknown[:5])}; known are {_span(known)}."
+            )
+    if found.mask_sizes is not None:
+        place = {id_: i for i, id_ in enumerate(truth.ids.tolist())}
+        sizes = truth.sizes[[place[int(id_)] for id_ in rows[:, 0]]].reshape(-1, 2)
+        if len(other := np.flatnonzero((sizes != found.mask_sizes).any(1))):
+            (height, width), (rows_, columns) = sizes[other[0]].tolist(), found.mask_sizes[other[0]].tolist()
+            raise InputError(
+                f"--predictions {file} has {len(other)} masks of another size than their images; the first is of "
+                f"{columns}x{rows_} px, image {rows[other[0], 0]:g} of {width}x{height}. Scale them to their images."
             )
 
 

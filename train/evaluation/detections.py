@@ -33,6 +33,7 @@ class Detections:
     area_of_box: bool = (
         False  # whether their area is their box's in any case, as COCO's tools take it of a results file
     )
+    mask_sizes: np.ndarray | None = None  # (n, 2) height and width that a results file gives its masks
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -57,7 +58,7 @@ class Detections:
         if masks is not None:
             masks = masks[which] if isinstance(which, slice) else [masks[i] for i in which]
         keypoints = None if self.keypoints is None else self.keypoints[which]
-        return replace(self, rows=self.rows[which], masks=masks, keypoints=keypoints)
+        return replace(self, rows=self.rows[which], masks=masks, keypoints=keypoints, mask_sizes=None)
 
     def outlines(self, sizes: dict[int, tuple[int, int]]) -> list[Any]:
         """COCO's dicts of the masks.

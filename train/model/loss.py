@@ -189,7 +189,7 @@ class PoseFlowLoss(OfGlobalBatch, PoseLoss26):
         if (rle := self.rle_loss) is None:
             return terms, items
         value = rle.value if rle.value is not None else terms.new_zeros(())
-        self.sums[KEYPOINTS] = terms.new_tensor(float(rle.keypoints))
+        self.sums[KEYPOINTS] = terms.new_full((), rle.keypoints)
         self.sums["likelihood"] = value.detach() * rle.keypoints
         if rle.value is not None:
             value = value * self.hyp.rle

@@ -100,9 +100,13 @@ def as_files(run: Any, shown: dict[str, Any], step: int) -> dict[str, Any]:
 
 
 def _wandb_mask(marks: list[Mark], picture: np.ndarray, names: dict[int, str]) -> dict[str, Any]:
-    """Masks as W&B has them: a class for each pixel, of one picture; 0 is background."""
-    classes = {id_: number for number, id_ in enumerate(names, 1)}
-    data = np.zeros(picture.shape[:2], np.uint16 if len(names) > 254 else np.uint8)
+    """Masks as W&B has them: a class for each pixel, of one picture; 0 is background. It takes classes up to 255, so of
+    more those alone are named that are in the picture.
+    """
+    here = {mark.category for mark in marks}
+    names = names if len(names) < 256 else {id_: name for id_, name in names.items() if id_ in here}
+    classes = {id_: min(number, 255) for number, id_ in enumerate(names, 1)}
+    data = np.zeros(picture.shape[:2], np.uint8)
     for mark in sorted(marks, key=lambda mark: -1 if mark.mask is None else -int(mark.mask.sum())):
         if mark.mask is not None:  # the smaller lie over the larger
             data[cv2.resize(mark.mask, picture.shape[1::-1], interpolation=cv2.INTER_NEAREST) > 0] = classes[

@@ -152,14 +152,15 @@ def _kinds(model: nn.Module, muon: bool) -> Iterator[tuple[str, str, nn.Paramete
 def build_optimizer(model: nn.Module, schedule: Schedule) -> torch.optim.Optimizer:
     """The optimizer over Ultralytics' groups, in its order (weight, bn, bias, muon), so that states can be compared.
 
-    Only weights decay. MuSGD orthogonalises matrices and filters, and trains the class branch of the head at three
-    times the learning rate.
+    Only weights decay. MuSGD orthogonalises matrices and filters, and trains the class branch of the head, and what a
+    segmentation model's semantic loss is computed from, at three times the learning rate.
     """
     name, lr, momentum = schedule.optimizer, schedule.lr0, schedule.full_momentum
     muon = name == "MuSGD"
     head = model.model[-1]  # type: ignore[index]
     branches = [getattr(head, branch, None) for branch in ("cv3", "one2one_cv3")]
     boosted = {id(p) for branch in branches if branch is not None for p in branch.parameters()} if muon else set()
+    boosted |= {id(p) for name, p in model.named_parameters() if muon and "proto.semseg" in name}
     groups: list[dict] = []
     for kind in ("weight", "bn", "bias", "muon") if muon else ("weight", "bn", "bias"):
         decay = schedule.weight_decay if kind in ("weight", "muon") else 0.0
