@@ -275,7 +275,5 @@ def test_an_export_of_roboflows_as_it_is_unzipped(tmp_path: Path, accelerator: A
     assert truth.annotations()[0]["bbox"] == [8, 4, 16, 8]
     os.rename(tmp_path / "train", tmp_path / "elsewhere")
     os.rename(tmp_path / "valid", tmp_path / "gone")
-    with pytest.raises(
-        InputError, match=r"a folder without a data YAML, .* and without train/_annotations\.coco\.json"
-    ):
+    with pytest.raises(InputError, match=r"a folder without a data YAML, .* without train/_annotations\.coco\.json"):
         find_data(str(tmp_path))

@@ -17,7 +17,8 @@ from train.data.coco_json import said_by_coco
 from train.data.data_yaml import DataYaml, read_data_yaml
 from train.data.listing import DataFiles, as_list, located
 from train.data.shapes import draw_shapes
-from train.data.tables import Table, class_indices, mirrored, table_of
+from train.data.tables import Table, mirrored, table_of
+from train.data.voc import said_by_voc, voc_splits, xml_files
 from train.processes.files import cache_folder
 
 EXPORTED = "_annotations.coco.json"  # what Roboflow calls it
@@ -63,7 +64,7 @@ def find_data(
     if carries == "keypoints" and not given.keypoints:
         raise InputError(
             f"{path} names no kpt_shape, so its labels have no keypoints that are known of; add `kpt_shape: [17, 3]`, "
-            "say, or train on its boxes: train/detect.py."
+            "say, or train on its polygons or boxes: train/segment.py, train/detect.py."
         )
     if carries == "polygons" and given.keypoints:
         raise InputError(f"{path} names a kpt_shape: its labels are keypoints, which train/pose.py trains on.")
@@ -110,13 +111,13 @@ def _of_folder(folder: Path) -> tuple[Path, DataYaml]:
         for split, name in (("train", "train"), ("val", "valid"), ("test", "test"))
         if (folder / name / EXPORTED).is_file()
     }
-    if exported:
-        return folder, DataYaml(path=str(folder.absolute()), splits=exported, names={})
+    if splits := exported or voc_splits(folder):
+        return folder, DataYaml(path=str(folder.absolute()), splits=splits, names={})
     found = sorted([*folder.glob("*.yaml"), *folder.glob("*.yml")])
     if not found:
         raise InputError(
-            f"--data is {str(folder)!r}, a folder without a data YAML, which lists train, val and names, and without "
-            f"train/{EXPORTED}."
+            f"--data is {str(folder)!r}, a folder without a data YAML, which lists train, val and names, without "
+            f"train/{EXPORTED}, and without VOC's Annotations and ImageSets/Main/train.txt."
         )
     exports = [file for file in found if file.stem == "data"]  # what labelling tools call it
     if len(found) > 1 and not exports:
@@ -128,19 +129,30 @@ def _of_folder(folder: Path) -> tuple[Path, DataYaml]:
 def _tables(
     root: Path, splits: dict[str, Any], carries: Carries, folder: Path, say: Callable[[str], None] | None
 ) -> dict[str, str]:
-    """The tables of the splits whose annotation file is there."""
+    """The tables of the splits whose annotation file is there.
+
+    Raises:
+        InputError: it has not the form that its ending says, or cannot say what is needed.
+    """
     tables = {}
     for split, entries in splits.items():
-        if not isinstance(entries, dict):
+        if not isinstance(entries, dict) or not os.path.isfile(located(root, entries["annotations"])):
             continue
-        file = str(located(root, entries["annotations"]))
-        if os.path.isfile(file):
-            read = partial(said_by_coco, file, carries, file)
-            tables[split] = table_of(file, read, carries, folder, say)
+        file, images = str(located(root, entries["annotations"])), str(located(root, entries["images"]))
+        if file.endswith(".json"):
+            tables[split] = table_of([file], partial(said_by_coco, file, carries, file), carries, folder, say)
+        elif file.endswith(".txt") and carries == "boxes":
+            tables[split] = table_of([file, *xml_files(file)], partial(said_by_voc, file, images), images, folder, say)
+        elif file.endswith(".txt"):
+            raise InputError(f"{file} lists VOC's XML files, which have boxes; train/detect.py trains on boxes.")
+        else:
+            raise InputError(
+                f"{file} is in no known form: COCO's is a .json file, VOC's a .txt list beside Annotations."
+            )
     return tables
 
 
-def _with_classes(given: DataYaml, tables: dict[str, str], path: Path) -> tuple[DataYaml, dict[str, list]]:
+def _with_classes(given: DataYaml, files: dict[str, str], path: Path) -> tuple[DataYaml, dict[str, list]]:
     """The data set with the names that it lacks, from its annotation files; and by split the table, and pairs of a
     category id and its class index.
 
@@ -148,24 +160,31 @@ def _with_classes(given: DataYaml, tables: dict[str, str], path: Path) -> tuple[
         InputError: a file has a category that is no class.
     """
     pairs: dict[str, list] = {}
-    for split, file in tables.items():
-        table = Table(file)
-        classes = class_indices(table.names, given.names or None)
-        if isinstance(classes, str):
-            raise InputError(f"{table.source} has the category {classes!r}, which is none of the classes of {path}.")
-        if not given.names:
-            given = replace(given, names={index: table.names[id_] for id_, index in classes.items()})
+    tables = {split: Table(file) for split, file in files.items()}
+    if tables and not given.names:
+        given = replace(given, names=dict(enumerate(_names([*tables.values()]))))
+    for split, table in tables.items():
+        index = {name: i for i, name in given.names.items()}
+        if lacking := [name for name in table.names.values() if name not in index]:
+            raise InputError(f"{table.source} has the category {lacking[0]!r}, which is none of the classes of {path}.")
         shape = (table.keypoints, 3)
         if table.keypoints and not given.keypoints:
             names = table.keypoint_names or tuple(map(str, range(table.keypoints)))
             given = replace(given, keypoints=shape, flip_idx=mirrored(names), keypoint_names=names)
         if table.keypoints and given.keypoints != shape:
             raise InputError(f"{table.source} has keypoints of kpt_shape {[*shape]}, {path} says {[*given.keypoints]}.")
-        pairs[split] = [file, [*map(list, classes.items())]]
+        pairs[split] = [files[split], [[id_, index[name]] for id_, name in table.names.items()]]
     if not given.names:
-        files = ", ".join(str(entries["annotations"]) for entries in given.splits.values() if isinstance(entries, dict))
-        raise InputError(f"{path} names no classes, and its annotation files ({files}) are not there.")
+        said = ", ".join(str(entries["annotations"]) for entries in given.splits.values() if isinstance(entries, dict))
+        raise InputError(f"{path} names no classes, and its annotation files ({said}) are not there.")
     return given, pairs
+
+
+def _names(tables: list[Table]) -> list[str]:
+    """Names of the classes: COCO's categories in the order of their ids; VOC's, which have none, by the alphabet."""
+    if tables[0].source.endswith(".json"):
+        return [tables[0].names[id_] for id_ in sorted(tables[0].names)]
+    return sorted({name for table in tables for name in table.names.values()})
 
 
 def _root(path: Path, named: str | None, splits: dict[str, Any]) -> Path:

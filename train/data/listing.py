@@ -69,7 +69,7 @@ class DataFiles(Objects):
 
     def _annotated(self, split: str, entries: dict[str, str]) -> list[str]:
         """Image paths of a split that has an annotation file."""
-        file = self.annotations(split)
+        file = located(self.root, entries["annotations"])
         if split not in self.tables:
             raise InputError(f"{self.name} says `{split}: annotations: {file}`, but there is no such file.")
         folder = located(self.root, entries["images"])
@@ -81,9 +81,11 @@ class DataFiles(Objects):
         return files
 
     def annotations(self, split: str) -> str:
-        """The split's annotation file; nothing where its images have label files."""
+        """The split's annotation file in COCO's form; nothing where it has none."""
         entries = self.splits.get(split)
-        return str(located(self.root, entries["annotations"])) if isinstance(entries, dict) else ""
+        if isinstance(entries, dict) and entries["annotations"].endswith(".json"):
+            return str(located(self.root, entries["annotations"]))
+        return ""
 
 
 def _files_below(folder: str) -> Iterator[str]:

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
@@ -35,6 +35,7 @@ class Said:
     points: list[np.ndarray]  # of each object a polygon (k, 2), or keypoints (k, 3), in pixels; empty of boxes alone
     names: dict[int, str]  # of the categories, by id, in order
     keypoint_names: tuple[str, ...] = ()
+    faults: dict[int, str] = field(default_factory=dict)  # by image why what is said of it cannot be used
 
 
 class Table:
@@ -50,6 +51,7 @@ class Table:
         self.source, self.dimensions = about["source"], int(about["dimensions"])
         self.names = {int(id_): name for id_, name in json.loads(about["names"])}
         self.keypoint_names = tuple(json.loads(about["keypoint_names"]))
+        self.faults = {int(row): fault for row, fault in json.loads(about["faults"]).items()}
         self.classes = dict(classes)
 
     @property
@@ -72,8 +74,10 @@ class Table:
             shape: height and width of the image itself, in pixels.
 
         Raises:
-            ValueError: the file is about another size, or an object leaves the image.
+            ValueError: the file is about another size, an object leaves the image, or what is said cannot be used.
         """
+        if row in self.faults:
+            raise ValueError(self.faults[row])
         height, width = shape
         said = tuple(self.arrays["shapes"][row].tolist())
         if all(said) and said != shape:
@@ -100,12 +104,14 @@ class Table:
         return cls[kept], table[kept], [points[i] for i in kept] if points else []
 
 
-def table_of(file: str, read: Callable[[], Said], what: str, folder: Path, say: Callable[[str], None] | None) -> str:
+def table_of(
+    files: list[str], read: Callable[[], Said], what: str, folder: Path, say: Callable[[str], None] | None
+) -> str:
     """The table of an annotation file: kept, or made now. Call it on one process of a machine.
 
     Args:
-        file: the annotation file.
-        read: reads it.
+        files: the annotation file, and those that it lists.
+        read: reads them.
         what: is read of it, where that is not all.
         folder: where tables are kept; where it cannot be written to, a temporary one takes its place.
         say: is given a line before it is read; None has it not read now.
@@ -114,21 +120,23 @@ def table_of(file: str, read: Callable[[], Said], what: str, folder: Path, say: 
         InputError: there is none, and it is not to be read now; or what `read` raises.
         OSError: it can be kept nowhere.
     """
-    found = os.stat(file)
-    place = hashlib.sha256(os.fsencode(os.path.abspath(file))).hexdigest()[:8]
-    stamp = hashlib.sha256(f"{what} {found.st_size} {found.st_mtime_ns}".encode()).hexdigest()[:16]
+    place = hashlib.sha256(os.fsencode(os.path.abspath(files[0]))).hexdigest()[:8]
+    stats = [os.stat(file) if os.path.exists(file) else None for file in files]
+    states = [(found.st_size, found.st_mtime_ns) if found else () for found in stats]
+    stamp = hashlib.sha256(f"{what} {states}".encode()).hexdigest()[:16]
     table = folder / f"{place}-{stamp}{ENDING}"
     if not fault_of(table):
         with contextlib.suppress(OSError):  # another user's
             os.utime(table)
         return str(table)
     if say is None:
-        raise InputError(f"{file} has not been read yet.")
-    say(f"reading {file}, {found.st_size / 1e6:.1f} MB")
+        raise InputError(f"{files[0]} has not been read yet.")
+    size = sum(found.st_size for found in stats if found) / 1e6
+    say(f"reading {files[0]}, {size:.1f} MB{f' in {len(files)} files' * (len(files) > 1)}")
     said = read()
     for at in (table, Path(train.scratch.name) / table.name):
         try:
-            write_arrays(at, *_packed(said, file))
+            write_arrays(at, *_packed(said, files[0]))
         except OSError as error:
             failure = error
             continue
@@ -151,21 +159,10 @@ def _packed(said: Said, file: str) -> tuple[dict[str, np.ndarray], dict[str, str
     }
     dimensions = said.points[0].shape[1] if said.points else 2
     about = {"source": file, "names": json.dumps([*said.names.items()]), "dimensions": str(dimensions)}
-    return arrays, about | {"keypoint_names": json.dumps(said.keypoint_names)}
-
-
-def class_indices(names: dict[int, str], given: dict[int, str] | None) -> dict[int, int] | str:
-    """Class index by category id; a category that the given class names lack where there is one.
-
-    Args:
-        names: of the categories, by id.
-        given: class names by index; without, categories are classes in the order of their ids.
-    """
-    if given is None:
-        return {id_: index for index, id_ in enumerate(sorted(names))}
-    index = {name: i for i, name in given.items()}
-    lacking = [name for name in names.values() if name not in index]
-    return lacking[0] if lacking else {id_: index[name] for id_, name in names.items()}
+    return arrays, about | {
+        "keypoint_names": json.dumps(said.keypoint_names),
+        "faults": json.dumps(said.faults),
+    }
 
 
 def mirrored(names: Sequence[str]) -> tuple[int, ...]:

@@ -1,0 +1,136 @@
+"""Pascal VOC: a folder of images, one of an XML file for each, Annotations, and lists of images, ImageSets/Main."""
+
+import math
+import os
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+
+from train.config.errors import InputError
+from train.config.plain import checked_name
+from train.data.formats import LARGEST, check_regular
+from train.data.tables import Said
+
+LISTS = {
+    "train": ("train", "trainval"),
+    "val": ("val", "test"),
+    "test": ("test",),
+}  # of a split, the first that is there
+
+
+def voc_splits(folder: Path) -> dict[str, dict[str, str]]:
+    """The splits of a folder in VOC's form; nothing where it has another."""
+    if not (folder / "Annotations").is_dir():
+        return {}
+    splits = {}
+    for split, names in LISTS.items():
+        there = [name for name in names if (folder / "ImageSets" / "Main" / f"{name}.txt").is_file()]
+        if there:
+            splits[split] = {"images": "JPEGImages", "annotations": f"ImageSets/Main/{there[0]}.txt"}
+    return splits
+
+
+def xml_files(listed: str) -> list[str]:
+    """The XML files of the images in a list, sorted, each once.
+
+    Args:
+        listed: ImageSets/Main/NAME.txt, of a name in each line, without its ending.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    try:
+        lines = Path(listed).read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        raise InputError(f"{listed} is not UTF-8 text; it must list the names of images.") from None
+    except OSError as error:
+        raise InputError(f"{listed} cannot be read: {error.strerror}.") from None
+    names = sorted({line.split()[0] for line in lines if line.strip()})
+    return [os.path.join(Path(listed).parents[2], "Annotations", f"{name}.xml") for name in names]
+
+
+def said_by_voc(listed: str, images: str) -> Said:
+    """What the XML files of a list's images say to be trained on: all but difficult objects, as Ultralytics has it.
+
+    Boxes are taken as they are: left, top, right, bottom in pixels from 0.
+
+    Args:
+        listed: see `xml_files`.
+        images: their folder.
+    """
+    endings: dict[str, str] = {}
+    if os.path.isdir(images):
+        endings = dict(map(os.path.splitext, sorted(os.listdir(images), reverse=True)))  # type: ignore[arg-type]
+    names: dict[str, int] = {}
+    files, shapes, faults = [], [], {}
+    image: list[int] = []
+    category: list[int] = []
+    boxes: list[list[float]] = []
+    for row, file in enumerate(xml_files(listed)):
+        stem = Path(file).stem
+        files.append(stem + endings.get(stem, ".jpg"))
+        shape = (0, 0)
+        try:
+            shape, found = _read(file)
+        except ValueError as error:
+            faults[row], found = f"{file}: {error}", []
+        shapes.append(shape)
+        for name, box in found:
+            image.append(row)
+            category.append(names.setdefault(checked_name(name, f"{file}: an object's name"), len(names)))
+            boxes.append(box)
+    order = {name: number for number, name in enumerate(sorted(names))}
+    renumbered = np.array([order[name] for name in names], np.int64)
+    return Said(
+        files=files,
+        shapes=np.array(shapes, np.int32).reshape(-1, 2),
+        image=np.array(image, np.int64),
+        category=renumbered[np.array(category, np.int64)] if category else np.zeros(0, np.int64),
+        boxes=np.array(boxes, np.float64).reshape(-1, 4),
+        points=[],
+        names={number: name for name, number in order.items()},
+        faults=faults,
+    )
+
+
+def _read(file: str) -> tuple[tuple[int, int], list[tuple[str, list[float]]]]:
+    """Height and width that an XML file gives, 0 where it gives none, and by object its name and box: left, top, width,
+    height in pixels.
+
+    Raises:
+        ValueError: what is wrong, with the object's number.
+    """
+    try:
+        if check_regular(file) > LARGEST:
+            raise ValueError(f"larger than {LARGEST // 1_000_000} MB")
+        root = ElementTree.parse(file).getroot()
+    except OSError as error:
+        raise ValueError(f"cannot be read ({error.strerror or error})") from None
+    except ElementTree.ParseError as error:
+        raise ValueError(f"no XML: {error}") from None
+    shape = tuple(int(_number(root.findtext(f"size/{side}") or "0", side)) for side in ("height", "width"))
+    found = []
+    for number, entry in enumerate(root.iter("object"), 1):
+        if (entry.findtext("difficult") or "0").strip() == "1":
+            continue
+        name = (entry.findtext("name") or "").strip()
+        sides = [entry.findtext(f"bndbox/{side}") for side in ("xmin", "ymin", "xmax", "ymax")]
+        if not name or None in sides:
+            raise ValueError(f"object {number} has no {'name' if not name else 'whole bndbox'}")
+        left, top, right, bottom = (_number(side or "", f"object {number}: bndbox") for side in sides)
+        if right < left or bottom < top:
+            raise ValueError(f"object {number} ends before it begins: {left:g}, {top:g} to {right:g}, {bottom:g}")
+        if right > left and bottom > top:
+            found.append((name, [left, top, right - left, bottom - top]))
+    return (shape[0], shape[1]), found
+
+
+def _number(text: str, what: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise ValueError(f"{what} is {text[:40]!r}, not a number")
+    return value
