@@ -166,6 +166,7 @@ def test_moments_follow_the_memory_order_and_the_device_of_the_weights(saved_in:
     assert (resumed - whole).abs().max() < 1e-6
 
 
+@pytest.mark.slow
 def test_a_run_with_the_local_loss_norm_goes_on(shapes: Path, tmp_path: Path):
     """Finding 5 of a review: the criterion had been made with the first loss, which a resumed run has not seen yet."""
     run = ["--data", shapes, "--model", "yolov10n.yaml", "--imgsz", 32, "--batch", 20, "--nbs", 20, "--workers", 0]
