@@ -305,6 +305,24 @@ def test_masks_are_those_of_ultralytics_functions_on_one_image(kind: str, drawn:
     assert shown
 
 
+@pytest.mark.parametrize("task", ["segment", "pose"])
+def test_the_areas_of_label_files_are_cocos(task: str, drawn: dict[str, Path]):
+    accelerator, carries = Accelerator(cpu=True), TASKS[task].carries
+    data = find_data(str(drawn[task]), carries=carries)
+    config = ValConfig(data=data.name, weights="x")
+    truth = Truth.of_labels(to_validate_on(data, config, accelerator, carries), data.names)
+    truth.sigmas = (0.1,) * 4
+    content = truth.dataset()
+    sizes = {image["id"]: (image["height"], image["width"]) for image in content["images"]}
+    assert len(content["annotations"]) > 20
+    for one in content["annotations"]:
+        if task == "segment":  # pixels of the polygon, as pycocotools fills it
+            runs = coco_mask.frPyObjects(one["segmentation"], *sizes[one["image_id"]])
+            assert one["area"] == coco_mask.area(runs).item()
+        else:
+            assert one["area"] == pytest.approx(0.53 * one["bbox"][2] * one["bbox"][3], rel=1e-12)
+
+
 def test_masks_of_another_size_than_their_images_are_refused(tmp_path: Path):
     content = {
         "images": [{"id": 1, "file_name": "a.jpg", "height": 50, "width": 40}],
