@@ -92,8 +92,8 @@ def main(config: ValConfig) -> None:
     if task.carries == "keypoints" and [*model.model[-1].kpt_shape] != [*data.keypoints]:
         found, theirs = [*model.model[-1].kpt_shape], [*data.keypoints]
         raise InputError(f"{config.weights} finds keypoints of kpt_shape {found}, {data.name} has {theirs}.")
-    known = data.sigmas or tuple(getattr(model, "kpt_oks_sigmas", None) or ())
-    config = with_sigmas(config, task, replace(data, sigmas=known))
+    trained = tuple(getattr(model, "kpt_oks_sigmas", None) or ())
+    config = with_sigmas(config, task, replace(data, sigmas=data.sigmas or trained))
     labels, truth = split_to_validate(data, config, task.carries, accelerator, report, ahead)
     loader = val_loader(ValSet(labels, data, config, stride, judged=False), config, accelerator)
 
@@ -102,7 +102,6 @@ def main(config: ValConfig) -> None:
     if model.names != data.names:
         first = next(i for i in data.names if model.names[i] != data.names[i])
         report.say(f"warning: class {first} is {model.names[first]} in the checkpoint, {data.names[first]} in the data")
-    trained = tuple(getattr(model, "kpt_oks_sigmas", None) or ())
     if task.carries == "keypoints" and trained and trained != config.sigmas:
         report.say("warning: OKS sigmas are not those that the checkpoint was trained with; --sigmas sets them")
     report.processes(config, precision)

@@ -160,6 +160,8 @@ def test_classes_are_the_categories_in_the_order_of_their_ids_or_those_of_the_ya
 def test_a_changed_file_is_read_again(tmp_path: Path, accelerator: Accelerator):
     labels = to_train_on(find(tmp_path, one()), TrainConfig(), accelerator)
     again = to_train_on(find(tmp_path, one(annotations={"bbox": [0, 0, 32, 32]})), TrainConfig(), accelerator)
+    places = {Path(one.source.from_file).name.partition("-")[0] for one in (labels, again)}
+    assert len(places) == 1  # the new index takes the old one's place
     assert labels[1].boxes.tolist() != again[1].boxes.tolist() == [[0.25, 0.5, 0.5, 1]]
 
 
@@ -189,6 +191,8 @@ def test_a_broken_file_is_one_message(tmp_path: Path):
         (one(annotations={"bbox": [1, 2, 3]}), r"annotation 1 has the bbox \[1.0, 2.0, 3.0\], not four numbers"),
         (one(images={"id": 4}), r"has an id twice among its images"),
         (one(images={"file_name": "a.png"}), r"lists the image a\.png twice"),
+        (one(images={"file_name": "a\0b.png"}), r"names an image 'a\\x00b\.png', which no file can be called"),
+        (one(images={"file_name": "\ud800.png"}), r"names an image '\\ud800\.png', which no file can be called"),
         (one(categories={"name": "dog"}), r"the categories 7 and 2 are both 'dog'"),
     ):
         with pytest.raises(InputError, match=message):

@@ -149,8 +149,8 @@ class Training:
     """Data set, model and length of the training."""
 
     data: str = "shapes"
-    """The data set: an Ultralytics data YAML (a path, or a name such as coco8.yaml), a folder with one or with COCO's
-    JSON as Roboflow exports it, or `shapes`, drawn on the spot."""
+    """The data set: an Ultralytics data YAML (a path, or a name such as coco8.yaml); a folder with one, with COCO's
+    JSON as Roboflow exports it, or with Pascal VOC; or `shapes`, drawn on the spot."""
     imgsz: int = 640
     """Image size in pixels: the longer side is scaled to it. A multiple of the model's largest stride, usually 32."""
     model: str = "yolov8n.yaml"

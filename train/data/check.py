@@ -134,8 +134,11 @@ def check(data: DataFiles, split: str, asked: dict[str, Any], alive: Callable[[]
     """
     folder, level = Path(asked["folder"]), asked["level"]
     table, classes = data.tables.get(split, ("", []))
-    said = str(data.keypoints) + (f"{Path(table).name} {classes}" if table else "")  # beside the images
-    place = _hash(os.path.abspath(data.root), json.dumps(data.splits.get(split)), said)[:8]
+    kind, said = str(data.keypoints), str(data.keypoints)
+    if table:  # whose name has two hashes: of the file's place, of its size and time
+        source, _, state = Path(table).name.partition("-")
+        kind, said = f"{kind} {source} {classes}", f"{kind} {source} {classes} {state}"
+    place = _hash(os.path.abspath(data.root), json.dumps(data.splits.get(split)), kind)[:8]
     here = _newest(folder, f"{place}-*{ENDING}")
     if level == "off" and here and not _valid(here[0]):
         return Found(str(here[0]), True, checked=CHECKED["off"])

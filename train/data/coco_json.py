@@ -1,7 +1,5 @@
 """COCO's annotation files: what one says, checked, and as a table of labels to train on."""
 
-import contextlib
-import gc
 import json
 import math
 from collections.abc import Iterator
@@ -20,21 +18,10 @@ from train.config.plain import checked_name
 from train.data.formats import check_regular
 from train.data.runlengths import are_polygons, encoded, is_mask
 from train.data.tables import Said
+from train.processes.allocator import no_collection
 
 # How reading a JSON file fails that holds something else
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError, RecursionError)
-
-
-@contextlib.contextmanager
-def no_collection() -> Iterator[None]:
-    """No search for garbage: among the many objects that are made here it takes longer than all else."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def read_json(file: str) -> Any:

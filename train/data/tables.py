@@ -33,7 +33,7 @@ class Said:
     category: np.ndarray  # (m,) int64 category id
     boxes: np.ndarray  # (m, 4) float64: left, top, width, height in pixels
     points: list[np.ndarray]  # of each object a polygon (k, 2), or keypoints (k, 3), in pixels; empty of boxes alone
-    names: dict[int, str]  # of the categories, by id, in order
+    names: dict[int, str]  # of the categories, by id
     keypoint_names: tuple[str, ...] = ()
     faults: dict[int, str] = field(default_factory=dict)  # by image why what is said of it cannot be used
 
@@ -120,10 +120,9 @@ def table_of(
         InputError: there is none, and it is not to be read now; or what `read` raises.
         OSError: it can be kept nowhere.
     """
-    place = hashlib.sha256(os.fsencode(os.path.abspath(files[0]))).hexdigest()[:8]
-    stats = [os.stat(file) if os.path.exists(file) else None for file in files]
-    states = [(found.st_size, found.st_mtime_ns) if found else () for found in stats]
-    stamp = hashlib.sha256(f"{what} {states}".encode()).hexdigest()[:16]
+    place = hashlib.sha256(os.fsencode(f"{os.path.abspath(files[0])} {what}")).hexdigest()[:8]
+    states = [_state(file) for file in files]
+    stamp = hashlib.sha256(str(states).encode()).hexdigest()[:16]
     table = folder / f"{place}-{stamp}{ENDING}"
     if not fault_of(table):
         with contextlib.suppress(OSError):  # another user's
@@ -131,9 +130,11 @@ def table_of(
         return str(table)
     if say is None:
         raise InputError(f"{files[0]} has not been read yet.")
-    size = sum(found.st_size for found in stats if found) / 1e6
+    size = sum(size for size, _ in states) / 1e6
     say(f"reading {files[0]}, {size:.1f} MB{f' in {len(files)} files' * (len(files) > 1)}")
     said = read()
+    if odd := [name for name in said.files if not _is_path(name)]:
+        raise InputError(f"{files[0]} names an image {odd[0][:60]!r}, which no file can be called. Mend it there.")
     for at in (table, Path(train.scratch.name) / table.name):
         try:
             write_arrays(at, *_packed(said, files[0]))
@@ -143,6 +144,23 @@ def table_of(
         remove_unused(at, f"{place}-*.table*")
         return str(at)
     raise failure
+
+
+def _state(file: str) -> tuple[int, int]:
+    """Bytes and time of the last change (ns) of a file; nothing of one that is not there."""
+    try:
+        found = os.stat(file)
+    except (OSError, ValueError):  # ValueError: a zero byte in a list
+        return 0, 0
+    return found.st_size, found.st_mtime_ns
+
+
+def _is_path(name: str) -> bool:
+    """Whether a file could be called so: JSON can write a zero byte, and half a character."""
+    try:
+        return b"\0" not in os.fsencode(name)
+    except UnicodeEncodeError:
+        return False
 
 
 def _packed(said: Said, file: str) -> tuple[dict[str, np.ndarray], dict[str, str]]:

@@ -12,11 +12,8 @@ from train.config.plain import checked_name
 from train.data.formats import LARGEST, check_regular
 from train.data.tables import Said
 
-LISTS = {
-    "train": ("train", "trainval"),
-    "val": ("val", "test"),
-    "test": ("test",),
-}  # of a split, the first that is there
+# Of a split the first that is there
+LISTS = {"train": ("train", "trainval"), "val": ("val", "test"), "test": ("test",)}
 
 
 def voc_splits(folder: Path) -> dict[str, dict[str, str]]:
@@ -80,16 +77,14 @@ def said_by_voc(listed: str, images: str) -> Said:
             image.append(row)
             category.append(names.setdefault(checked_name(name, f"{file}: an object's name"), len(names)))
             boxes.append(box)
-    order = {name: number for number, name in enumerate(sorted(names))}
-    renumbered = np.array([order[name] for name in names], np.int64)
     return Said(
         files=files,
         shapes=np.array(shapes, np.int32).reshape(-1, 2),
         image=np.array(image, np.int64),
-        category=renumbered[np.array(category, np.int64)] if category else np.zeros(0, np.int64),
+        category=np.array(category, np.int64),
         boxes=np.array(boxes, np.float64).reshape(-1, 4),
         points=[],
-        names={number: name for name, number in order.items()},
+        names={number: name for name, number in names.items()},
         faults=faults,
     )
 

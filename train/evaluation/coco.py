@@ -11,9 +11,9 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from train.config.errors import InputError
-from train.data.coco_json import no_collection
 from train.evaluation.detections import Detections, prefix
 from train.evaluation.truth import Truth
+from train.processes.allocator import no_collection
 
 try:
     import hotcoco
