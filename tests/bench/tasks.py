@@ -132,7 +132,7 @@ def measure(task: str, data: str | None, images: int, rounds: int) -> None:
         (folder / "many").mkdir()
         source = data if task == "segment" else shapes
         many = repeated(source, images, folder / "many", NAMES if task == "segment" else None)
-        job("ultralytics", weights, many, "json")  # leaves its label cache beside the links
+        job("ultralytics", weights, many)  # leaves its label cache beside the links
         kinds: dict[str, list[float]] = {"one": [], "two": [], "yolo": []}
         for _ in range(rounds):
             kinds["one"].append(validation(weights, many, "--mixed-precision", "no"))

@@ -175,3 +175,29 @@ def test_pycocotools_is_a_path_of_its_own(tmp_path: Path):
     assert float(ap) == coco_metrics(truth, rows)[0]["AP"]
     assert refused.startswith("hotcoco cannot be imported: ")
     assert refused.endswith("say --coco-eval pycocotools.")
+
+
+@pytest.mark.parametrize("boxed", [False, True])
+def test_keypoints_that_coco_does_not_look_at_change_no_bit(boxed: bool):
+    """More detections of a category than are measured, tied scores, and categories that an image has no truth of."""
+    rng = np.random.default_rng(0)
+    images = [{"id": i, "file_name": f"{i}.jpg", "height": 480, "width": 640} for i in range(5)]
+    content: dict[str, list] = {"images": images, "annotations": [], "categories": [{"id": 1, "name": "a"}]}
+    content["categories"].append({"id": 7, "name": "b"})
+    rows, points = [], []
+    for image in range(5):
+        corners = rng.uniform(100, 300, 2) + rng.uniform(0, 120, (4, 2))
+        beside = {"keypoints": np.c_[corners, np.full(4, 2)].ravel().tolist(), "num_keypoints": 4}
+        one = {"id": image + 1, "image_id": image, "category_id": 1, "iscrowd": 0, "bbox": [100, 100, 120, 120]}
+        content["annotations"].append(one | {"area": 9000.0, "beside": beside})
+        for n in range(60):
+            moved = corners + rng.normal(0, 8, 2) + rng.normal(0, 3, (4, 2))
+            rows.append([image, *rng.uniform(20, 200, 4), round(rng.random(), 1), 1 if n % 2 else 7])
+            points.append(np.c_[moved, rng.random(4)])
+    truth, keypoints = as_truth(content, sigmas=[0.05] * 4), np.array(points, np.float32)
+    found = Detections(np.array(rows), keypoints=keypoints, area_of_box=boxed)
+    assert len(found.surest(20)) == 5 * 2 * 20
+    assert np.array_equal(found.surest(30).rows, found.rows)
+    ours, theirs = (coco_metrics(truth, found, name, iou_type="keypoints") for name in ("hotcoco", "pycocotools"))
+    same(ours, theirs)
+    assert 0.05 < ours[0]["AP"] < 0.95

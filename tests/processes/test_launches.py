@@ -144,6 +144,8 @@ def test_precision(monkeypatch):
 def test_gather_for_metrics_keeps_one_element_per_rank_after_a_loop(tmp_path: Path):
     out = succeed(2, SAYS_RANKS, "gather", cwd=tmp_path)
     assert "gathered [[0], [1, 1]]" in out
+    assert "rank 0 was handed [[0], [1, 1]]\n" in out
+    assert "rank 1 was handed []\n" in out
 
 
 def test_the_launcher_leaves_the_threads_and_settings_alone(tmp_path: Path):

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 from train.config.errors import InputError
 from train.config.options import TrainConfig
 from train.processes.accelerator import start_processes
-from train.processes.collectives import on_main
+from train.processes.collectives import gathered_by_main, on_main
 from train.processes.script import run
 
 task = sys.argv.pop() if len(sys.argv) > 1 else ""
@@ -47,6 +47,7 @@ def gather(accelerator: Accelerator) -> None:
         pass
     mine = [accelerator.process_index] * (accelerator.process_index + 1)
     accelerator.print("gathered", accelerator.gather_for_metrics([mine], use_gather_object=True))
+    sys.stdout.write(f"rank {accelerator.process_index} was handed {gathered_by_main(accelerator, mine)}\n")
 
 
 run(main, TrainConfig, "")

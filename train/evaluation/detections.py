@@ -28,7 +28,7 @@ class Detections:
     # original image
     rows: np.ndarray
     masks: list[bytes] | None = None  # of each COCO's run-length counts, compressed
-    keypoints: np.ndarray | None = None  # (n, keypoints, 3) float64: x, y in pixels of the original image, score
+    keypoints: np.ndarray | None = None  # (n, keypoints, 3) float: x, y in pixels of the original image, score
     boxed: bool = True  # whether they have boxes; a results file may have masks or keypoints alone
     area_of_box: bool = (
         False  # whether their area is their box's in any case, as COCO's tools take it of a results file
@@ -48,6 +48,14 @@ class Detections:
         """Those of the images with ids from `first` to `last`."""
         start, end = np.searchsorted(self.rows[:, 0], (first, last + 1))
         return self._those(slice(start, end))
+
+    def surest(self, count: int) -> "Detections":
+        """As many of each image and category as COCO's tools measure; of equal scores the first."""
+        order = np.lexsort((-self.rows[:, 5], self.rows[:, 6], self.rows[:, 0]))
+        groups = self.rows[order][:, [0, 6]]
+        begins = np.append(True, (groups[1:] != groups[:-1]).any(1))[: len(order)]
+        place = np.arange(len(order)) - np.flatnonzero(begins)[np.cumsum(begins) - 1]
+        return self._those(np.sort(order[place < count]))
 
     def sure(self, confidence: float) -> "Detections":
         """Those from this confidence on."""

@@ -22,7 +22,7 @@ from train.evaluation.detections import Detections, prefix
 from train.evaluation.truth import Truth
 from train.model.inference import detect, in_original, validation_losses
 from train.model.tasks import task_of
-from train.processes.collectives import on_main
+from train.processes.collectives import gathered_by_main, on_main
 from train.processes.signals import Ended
 from train.processes.stops import Stop
 
@@ -119,25 +119,22 @@ def evaluate(
     if stop is not None:
         stop.agree()  # collective
     shard = {
-        "weights": model.digest,
         "ids": ids,
         "counts": [len(boxes) for boxes in found],
         "boxes": torch.cat(found).cpu().numpy() if found else np.zeros((0, 6), np.float32),  # the one copy to the host
         "extras": _joined(extras),
-        "losses": [(first, images, items.tolist()) for first, images, items in losses],
     }
     del found, extras
+    about = {"ids": ids, "weights": model.digest, "losses": [(*batch, items.tolist()) for *batch, items in losses]}
     # Collective, and one element per rank: a flat list would be cut to the size of the last batch.
-    shards = accelerator.gather_for_metrics([shard], use_gather_object=True)
-    _check_ids([i for shard in shards for i in shard["ids"]], truth.ids.tolist())
-    if len({shard["weights"] for shard in shards}) > 1:
-        raise RuntimeError("The ranks evaluated different weights: " + ", ".join(shard["weights"] for shard in shards))
-    means = _mean_losses([batch for shard in shards for batch in shard["losses"]])
+    every = accelerator.gather_for_metrics([about], use_gather_object=True)
+    _check_ids([i for told in every for i in told["ids"]], truth.ids.tolist())
+    if len({told["weights"] for told in every}) > 1:
+        raise RuntimeError("The ranks evaluated different weights: " + ", ".join(told["weights"] for told in every))
+    means = _mean_losses([batch for told in every for batch in told["losses"]])
     categories = np.array([*truth.names], dtype=np.float64)
-    if not accelerator.is_main_process:  # nobody else needs them
-        shards = []
-    detections = as_detections(shards, categories, task.iou_types)
-    del shard, shards
+    detections = as_detections(gathered_by_main(accelerator, shard), categories, task.iou_types)
+    del shard
     laps.end("gather")
     result = measure(truth, detections, config, accelerator, stop)
     laps.end("metric")
@@ -232,7 +229,12 @@ def as_detections(
         masks = [mask for part in extras for mask in part]
         found.masks = [masks[i] for i in order]
     if "keypoints" in iou_types:
-        found.keypoints = np.concatenate(extras)[order].astype(np.float64) if extras else np.zeros((0, 0, 3))
+        shape = extras[0].shape[1:] if extras else (0, 3)
+        found.keypoints = np.empty((len(order), *shape), np.float32)
+        place = np.empty_like(order)
+        place[order] = np.arange(len(order))
+        for part, where in zip(extras, np.split(place, np.cumsum([*map(len, extras)])), strict=False):
+            found.keypoints[where] = part  # one copy of what takes most room
     return found
 
 

@@ -31,6 +31,15 @@ def on_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
     return result
 
 
+def gathered_by_main(accelerator: Accelerator, mine: T) -> list[T]:
+    """What each rank has, by rank, on the main process; the others need no room for it (collective)."""
+    if accelerator.num_processes == 1:
+        return [mine]
+    every: list[Any] | None = [None] * accelerator.num_processes if accelerator.is_main_process else None
+    torch.distributed.gather_object(mine, every)
+    return every or []
+
+
 def once_per_machine(accelerator: Accelerator, work: Callable[[], T]) -> T:
     """Run `work`, which may write files that its next call finds, on one process of each machine and then on the rest.
 
