@@ -137,6 +137,18 @@ def test_bf16_is_refused_where_the_ranks_own_gpu_has_none(monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize(
+    ("amx", "avx", "intel", "precision"),
+    [(True, True, True, "bf16"), (False, True, False, "bf16"), (False, True, True, "no"), (False, False, False, "no")],
+)
+def test_bf16_is_picked_on_a_cpu_that_is_faster_in_it(monkeypatch, amx: bool, avx: bool, intel: bool, precision: str):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx)
+    monkeypatch.setattr(devices, "_is_intel", lambda: intel)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    assert pick_precision("auto", "cpu")[0] == precision
+
+
+@pytest.mark.parametrize(
     ("variable", "value", "message"),
     [
         ("ACCELERATE_USE_DEEPSPEED", "true", "asks for DEEPSPEED"),

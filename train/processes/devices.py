@@ -3,6 +3,7 @@
 import os
 import resource
 import sys
+from pathlib import Path
 
 import torch
 
@@ -153,7 +154,19 @@ def _card() -> tuple[str, tuple[int, int]]:
 
 
 def _cpu_has_fast_bf16() -> bool:
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    """Whether training in bf16 is faster than in fp32: 2.5 times here by AMD's AVX-512, 0.78 times by Intel's, which is
+    left where a virtual machine hides AMX.
+    """
+    if torch.cpu._is_amx_tile_supported():
+        return True
+    return torch.cpu._is_avx512_bf16_supported() and not _is_intel()
+
+
+def _is_intel() -> bool:
+    try:
+        return "GenuineIntel" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
 
 
 def memory_in_use(device: torch.device) -> int:
