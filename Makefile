@@ -4,6 +4,7 @@ GPUS ?=
 CPUS ?=
 PRECISION ?=
 TASK ?= detect
+DATA ?= shapes
 ARGS ?=
 
 $(if $(filter-out auto bf16 fp16 no,$(PRECISION)),$(error PRECISION is $(PRECISION); it must be auto, bf16, fp16 or no))
@@ -19,7 +20,7 @@ QUICK := --imgsz 160 --epochs 15 --batch 16 --nbs 16 --optimizer AdamW --lr0 0.0
 OWN = $(findstring --data,$(ARGS))$(findstring --cfg,$(ARGS))$(findstring --resume,$(ARGS))
 LAST_WEIGHTS = $$(ls -t runs/$(TASK)/*/weights/best.pt 2>/dev/null | head -n 1)
 
-.PHONY: help train validate doctor test test-slow test-cuda fuzz bench bench-eval bench-log bench-quick bench-save bench-data soak hashes check clean clean-cache
+.PHONY: help train validate doctor check-data test test-slow test-cuda fuzz bench bench-eval bench-log bench-quick bench-save bench-data bench-check soak hashes check clean clean-cache
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -38,6 +39,9 @@ validate: .venv/installed  ## evaluate, by default the newest best.pt: make vali
 
 doctor: .venv/installed  ## what each process sees and what is wrong with it: make doctor GPUS=2
 	$(LAUNCH) train/doctor.py --mixed-precision $(or $(PRECISION),auto) $(ARGS)
+
+check-data: .venv/installed  ## what is in a data set and what is wrong with it: make check-data DATA=coco8.yaml ARGS="--fix DIR"
+	@exec $(PY) train/check_data.py "$(DATA)" $(ARGS)
 
 test: .venv/installed-dev  ## run the tests
 	@OMP_NUM_THREADS=1 exec $(PY) -m pytest -m "not slow and not cuda" --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
@@ -74,6 +78,9 @@ bench-save: .venv/installed-dev  ## measure what saving a run costs, and what it
 
 bench-data: .venv/installed-dev  ## measure scan, start, memory and pipeline beside Ultralytics: ARGS="--data coco128.yaml"
 	@exec $(PY) -m tests.bench.data $(ARGS)
+
+bench-check: .venv/installed-dev  ## measure the check and the reading of COCO's JSON: ARGS="--data coco128.yaml"
+	@exec $(PY) -m tests.bench.check $(ARGS)
 
 hashes: .venv/installed-dev  ## hashes of five trainings, to be compared with another commit's: ARGS="--data coco128.yaml"
 	@exec $(PY) -m tests.hashes $(ARGS)

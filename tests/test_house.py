@@ -14,6 +14,7 @@ import yaml
 from accelerate.commands.launch import launch_command_parser
 
 from tests.conftest import ROOT
+from train import check_data
 from train.config.options import TrainConfig, ValConfig
 from train.config.reading import parse
 from train.config.task_options import PoseConfig, SegmentConfig
@@ -152,7 +153,7 @@ def commands() -> list[list[str]]:
             if words[:1] == ["make"]:
                 assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE), line
                 variables = dict(word.split("=", 1) for word in words[2:])
-                assert set(variables) <= {"TASK", "GPUS", "CPUS", "PRECISION", "ARGS"}, line
+                assert set(variables) <= {"TASK", "GPUS", "CPUS", "PRECISION", "DATA", "ARGS"}, line
                 task = variables.get("TASK", "detect")
                 script = {"train": f"train/{task}.py", "validate": "train/validate.py"}.get(words[1])
                 words = ["python", script, *shlex.split(variables.get("ARGS", ""))] if script else []
@@ -183,7 +184,7 @@ def test_every_option_in_a_command_parses(tmp_path: Path, monkeypatch):
 
 
 def test_every_option_in_the_text_is_one():
-    kinds = (*SCRIPTS.values(), Options)
+    kinds = (*SCRIPTS.values(), Options, check_data.Options)
     known = {field.name for kind in kinds for field in fields(kind)} | {"cfg", "help"}
     for words in re.findall(r"`(--[a-z][^`]*)`", README):
         for flag in re.findall(r"--([\w-]+)", words):

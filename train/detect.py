@@ -163,7 +163,7 @@ def main(config: TrainConfig) -> None:
     report.open(folder_here(accelerator, folder, Path(config.project), stays), given)
     weights = folder / "weights"  # the main process's, which alone writes there
     report.start_trackers(config, state)
-    report.faults(train_images, val_images)
+    report.faults(config.data, train_images, val_images)
     report.banner(why_precision, f"{origin}; {size}", data.name, schedule, train_set, val_images)
     if saved:
         report.going_on_from(state, notes)

@@ -98,7 +98,7 @@ def main(config: ValConfig) -> None:
     loader = val_loader(ValSet(labels, data, config, stride, judged=False), config, accelerator)
 
     open_folder(report, config, task.name, accelerator)
-    report.faults(labels)
+    report.faults(config.data, labels)
     if model.names != data.names:
         first = next(i for i in data.names if model.names[i] != data.names[i])
         report.say(f"warning: class {first} is {model.names[first]} in the checkpoint, {data.names[first]} in the data")

@@ -126,6 +126,19 @@ def _of_folder(folder: Path) -> tuple[Path, DataYaml]:
     return file, read_data_yaml(file)
 
 
+def annotation_files(data: str) -> dict[str, str]:
+    """The annotation files in COCO's form that --data names, by split, whatever is wrong with them; nothing where
+    that cannot be known.
+    """
+    try:
+        path, given = _data_set(data)
+        root = _root(path, given.path, given.splits)
+    except InputError:
+        return {}
+    named = {split: entries["annotations"] for split, entries in given.splits.items() if isinstance(entries, dict)}
+    return {split: str(located(root, file)) for split, file in named.items() if file.endswith(".json")}
+
+
 def _tables(
     root: Path, splits: dict[str, Any], carries: Carries, folder: Path, say: Callable[[str], None] | None
 ) -> dict[str, str]:

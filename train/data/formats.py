@@ -76,7 +76,9 @@ def read_label(text: str, classes: int, keypoints: tuple[int, ...] = ()) -> Labe
             # Keypoints that are not visible may be anywhere; of two dimensions these have negative coordinates.
             seen = [p for p in points if (p[2] if dimensions == 3 else min(p) >= 0)]
             places += tuple(value for point in seen for value in point[:2])
-        if min(places) < -0.01 or max(places) > 1.01 or ((columns == 5 or width) and min(row[3:5]) < 0):
+        if (columns == 5 or width) and min(row[3:5]) < 0:
+            raise ValueError(f"line {number} has a box of negative width or height")
+        if min(places) < -0.01 or max(places) > 1.01:
             raise ValueError(f"line {number} has a coordinate outside 0 to 1")
         rows[row] = None
     if not rows:

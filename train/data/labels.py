@@ -8,7 +8,7 @@ import numpy as np
 
 from train.config.errors import InputError
 from train.config.objects import Carries
-from train.config.options import EvalConfig
+from train.config.options import Data, EvalConfig
 from train.config.words import printable
 from train.data.formats import ImageLabels, label_text, read_label
 from train.data.index import Index
@@ -30,7 +30,7 @@ class Labels(Sequence[ImageLabels]):
         carries: what is needed of the labels; an image whose labels are boxes alone is none of polygons.
     """
 
-    def __init__(self, index: Index, chosen: np.ndarray, classes: int, config: EvalConfig, carries: Carries = "boxes"):
+    def __init__(self, index: Index, chosen: np.ndarray, classes: int, config: Data, carries: Carries = "boxes"):
         self.source, self.chosen, self.classes, self.carries = index, chosen, classes, carries
         self.only, self.single_cls = config.classes, config.single_cls
         usable = index.usable[chosen]

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 import train
 from train.config.errors import InputError
 from train.config.objects import Carries
-from train.config.options import EvalConfig, TrainConfig, ValConfig
+from train.config.options import Data, TrainConfig, ValConfig
 from train.config.words import printable
 from train.data.arrays import open_arrays, remove_unused, write_arrays
 from train.data.check import Check, Found
@@ -44,7 +44,7 @@ def uncounted(items: Iterable[Any], total: int) -> Iterable[Any]:
     return items
 
 
-def index_folder(config: EvalConfig) -> Path:
+def index_folder(config: Data) -> Path:
     """Where indexes are kept."""
     return Path(config.index_dir) if config.index_dir else cache_folder()
 
@@ -80,7 +80,7 @@ def read_data(
 def read_index(
     data: DataFiles,
     splits: tuple[str, ...],
-    config: EvalConfig,
+    config: Data,
     accelerator: Accelerator,
     ahead: Check | None = None,
     say: Callable[[str], None] = lambda line: None,
@@ -166,23 +166,30 @@ def _build(
 
 
 def _read(blocks: "_Blocks", counted: Counted) -> dict[str, np.ndarray]:
-    """The labels of some images, packed. By processes, for threads would wait for each other."""
+    """The labels of some images, packed."""
+    return join([pack([], blocks.base), *spread(by_workers(blocks), blocks.end - blocks.first, counted)])
+
+
+def by_workers(blocks: Sequence[dict[str, Any]]) -> Iterable[dict[str, Any]]:
+    """The blocks, in their order, each made by one of several processes: threads would wait for each other."""
     workers = min(cores_of_rank(), len(blocks)) if len(blocks) > 1 else 0
     loader: DataLoader = DataLoader(
         blocks,  # type: ignore[arg-type]  # a sequence is a data set
         batch_size=None, collate_fn=_as_it_is, num_workers=workers, worker_init_fn=end_with_parent,
         generator=torch.Generator(),  # the global one is the run's
     )  # fmt: skip
-    done = [pack([], blocks.base)]
+    return loader
 
-    def images() -> Iterator[None]:
-        for block in loader:
-            done.append(block)
-            yield from [None] * len(block["sizes"])
 
-    for _ in counted(images(), blocks.end - blocks.first):
-        pass
-    return join(done)
+def spread(blocks: Iterable[dict[str, Any]], images: int, counted: Counted) -> Iterator[dict[str, Any]]:
+    """The blocks, each counted as as many images as its arrays are long."""
+
+    def each() -> Iterator[dict[str, Any] | None]:
+        for block in blocks:
+            yield block
+            yield from [None] * (len(next(iter(block.values()))) - 1)
+
+    yield from (block for block in counted(each(), images) if block is not None)
 
 
 def _as_it_is(block: Any) -> Any:

@@ -16,6 +16,7 @@ from ultralytics.utils.patches import imread
 from ultralytics.utils.plotting import Annotator, colors, plot_images, plot_labels
 
 from train.config.words import printable
+from train.data.formats import ImageLabels, with_visibility
 from train.data.labels import Labels
 from train.evaluation.coco import Curves
 from train.evaluation.detections import KINDS, Detections
@@ -174,7 +175,7 @@ def draw_page(
         if len(pairs) == count:
             break
     if pairs:
-        rows = [pairs[i : i + 3] for i in range(0, len(pairs), 3)]
+        rows = _by(3, pairs)
         width = max(sum(pair.shape[1] for pair in row) for row in rows)
         cv2.imwrite(str(file), np.vstack([_row(row, width) for row in rows]))
 
@@ -264,14 +265,48 @@ def small_picture(file: str) -> np.ndarray | None:
     return cv2.cvtColor(cv2.resize(picture, None, fx=scale, fy=scale), cv2.COLOR_BGR2RGB)
 
 
-def draw_labels(labels: Labels, names: dict[int, str], folder: Path) -> None:
-    """labels.png: how often each class occurs, and where and how large its boxes are, on at most LABELLED images."""
+def draw_samples(labels: Labels, names: dict[int, str], file: Path) -> None:
+    """A page of images evenly drawn from a split, with their objects."""
+    names = drawable(names)
+    places = [*range(0, len(labels), max(len(labels) // SHOWN, 1))][:SHOWN]
+    provide_fonts(names.values(), (Path(labels.file(place)).name for place in places))
+    tiles = []
+    for entry in (labels[place] for place in places):
+        if (picture := _picture(entry.im_file)) is not None:
+            tile = _tile(picture, _marks_of(entry), names, {k: k for k in names})
+            words = Annotator(tile, font_size=14, pil=True)
+            words.text([6, len(tile) - 24], printable(Path(entry.im_file).name), txt_color=(0, 0, 0))
+            tiles.append(words.result())
+    if tiles:
+        cv2.imwrite(str(file), np.vstack([_row(row, 4 * tiles[0].shape[1]) for row in _by(4, tiles)]))
+
+
+def _marks_of(entry: ImageLabels) -> list[Mark]:
+    """The objects of an image's labels."""
+    height, width = entry.shape
+    sides = np.array((width, height, width, height))
+    corners = np.concatenate((entry.boxes[:, :2] - entry.boxes[:, 2:] / 2, entry.boxes[:, 2:]), 1) * sides
+    marks = [Mark(box, int(cls)) for box, cls in zip(corners.tolist(), entry.cls, strict=True)]
+    for mark, polygon in zip(marks, entry.segments, strict=False):
+        mark.mask = np.zeros((height, width), np.uint8)
+        cv2.fillPoly(mark.mask, [(polygon * sides[:2]).round().astype(np.int32)], 1)
+    for mark, points in zip(marks, entry.keypoints, strict=False):
+        mark.keypoints = with_visibility(points[None])[0] * (width, height, 1)
+    return marks
+
+
+def _by(number: int, items: list[np.ndarray]) -> list[list[np.ndarray]]:
+    return [items[i : i + number] for i in range(0, len(items), number)]
+
+
+def draw_labels(labels: Labels, names: dict[int, str], file: Path) -> None:
+    """How often each class occurs, and where and how large its boxes are, on at most LABELLED images."""
     names = drawable(names)
     places = np.arange(min(len(labels), LABELLED)) * len(labels) // min(len(labels), LABELLED)
     _, classes, boxes = labels.boxes(places)
-    plot_labels(boxes, classes.astype(float), names, folder)
-    drawn = folder / "labels.jpg"  # as Ultralytics names it
-    Image.open(drawn).save(folder / "labels.png")
+    plot_labels(boxes, classes.astype(float), names, file.parent)
+    drawn = file.with_name("labels.jpg")  # as Ultralytics names it
+    Image.open(drawn).save(file)
     drawn.unlink()
 
 

@@ -6,6 +6,7 @@ All ranks call these methods at the same places with the same numbers; the main 
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from shlex import quote
 from types import ModuleType
 from typing import Any
 
@@ -76,8 +77,13 @@ class Report:
                 self.say(f"warning: {what} could not be written ({reason}); the run goes on")
                 self.console.logger.info("the traceback", exc_info=not isinstance(error, OSError))
 
-    def faults(self, *labels: Labels) -> None:
-        """Say how many images are left out, and list them with the reasons in the run's folder (collective)."""
+    def faults(self, data: str, *labels: Labels) -> None:
+        """Say how many images are left out, and list them with the reasons in the run's folder (collective).
+
+        Args:
+            data: the option, by which the check of the data set is started.
+            labels: of the splits that are used.
+        """
 
         def write() -> tuple[int, str]:
             if found := [fault for one in labels for fault in one.faults]:
@@ -86,8 +92,8 @@ class Report:
 
         number, first = on_main(self.accelerator, write)
         if number:
-            where = self.folder / "faults.txt"
-            self.say(f"warning: {number} images are left out; {where} says why. First: {first}")
+            where, check = self.folder / "faults.txt", f"python train/check_data.py {quote(data)}"
+            self.say(f"warning: {number} images are left out ({where} says why); {check} finds more. First: {first}")
 
     def processes(self, config: EvalConfig, precision: str) -> None:
         """How many processes on which device, and what they compute in."""

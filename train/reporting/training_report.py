@@ -83,7 +83,7 @@ class TrainingReport(Report):
             self.say(f"warning: {shared}")
         if self.draws:
             self._draw(self._check_fonts)
-            self._draw(lambda: plots().draw_labels(train.scanned, self.names, self.folder))
+            self._draw(lambda: plots().draw_labels(train.scanned, self.names, self.folder / "labels.png"))
 
     def _draw(self, picture: Callable[[], Any]) -> None:
         """Beside the training, after what has been asked for before."""
