@@ -208,9 +208,11 @@ def test_a_copy_lies_over_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_a_validation_set_that_is_the_training_set_is_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     file = clean(tmp_path / "data")
     file.write_text(file.read_text().replace("images/val", "images/train"))
+    (file.parent / "labels" / "train" / "5.txt").unlink()
     _, report = check(file, tmp_path, capsys)
-    (one,) = report["findings"]
-    assert (one["kind"], one["what"]) == ("image in two splits", "val: it has the same 6 images as train")
+    without, same = report["findings"]
+    assert (without["kind"], without["split"]) == ("image without label", "train")
+    assert (same["kind"], same["what"]) == ("image in two splits", "val: it has the same 6 images as train")
 
 
 def test_images_are_looked_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):

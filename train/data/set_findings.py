@@ -31,8 +31,12 @@ def findings(
         imgsz: longer side, in px, that images are trained at.
         counted: is given what is done for each image and their number, and shows how far it has come.
     """
-    yield from _of_files(indexes, data)
+    read: dict[str, str] = {}
     for split, index in indexes.items():
+        read.setdefault(index.from_file, split)  # one that has the same images as another has the same faults
+    once = {split: indexes[split] for split in read.values()}
+    yield from _of_files(once, data)
+    for split, index in once.items():
         yield from _of_images(split, index, looks[split])
         yield from of_labels(split, index, data, counted)
         yield from of_boxes(split, index, data, imgsz)
