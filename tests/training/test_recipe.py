@@ -113,6 +113,10 @@ def close_groups(trainer: Any) -> None:
         ("yolov8n.yaml", "SGD"), ("yolo26n.yaml", "SGD"), ("yolov8n.yaml", "MuSGD"), ("yolov8n.yaml", "AdamW"),
         ("yolov8n-seg.yaml", "SGD"), ("yolo26n-seg.yaml", "SGD"), ("yolov8n-pose.yaml", "SGD"),
         ("yolo26n-pose.yaml", "SGD"),
+        *(
+            pytest.param(f"yolo{model}.yaml", "MuSGD", marks=pytest.mark.slow)
+            for model in ("v8n-seg", "26n-seg", "v8n-pose", "26n-pose")
+        ),
     ],
 )  # fmt: skip
 def test_weights_and_average_are_those_of_ultralytics_trainer(model: str, optimizer: str, drawn: dict, tmp_path: Path):
