@@ -54,6 +54,17 @@ def test_the_likelihood_is_clamped_by_its_sum_over_all_ranks(learnt: dict):
         assert (term > 0) == positive
 
 
+def test_a_keypoint_whose_error_overflows_is_counted_by_no_rank(learnt: dict):
+    (one,), (first, second) = (learnt["pose, an error that overflows", ranks] for ranks in (1, 2))
+    assert all(0 < valid < visible for visible, valid in first["keypoints"])  # Ultralytics' filter took some
+    assert all(0 < valid == visible for visible, valid in second["keypoints"])
+    assert [a[1] + b[1] for a, b in zip(first["keypoints"], second["keypoints"], strict=True)] == [
+        valid for _, valid in one["keypoints"]
+    ]
+    assert all(step[first["names"].index("rle_loss")] > 0 for step in first["steps"])
+    assert all(value.isfinite().all() for value in first["weights"].values())
+
+
 @pytest.mark.parametrize(
     ("method", "known"),
     [

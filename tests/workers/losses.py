@@ -4,7 +4,7 @@ usage: losses.py OUT
 
 Of six images each rank has its share; their raw outputs are learnt by five steps of SGD under DDP. Each rank writes for
 each case OUT/CASE.RANK.pt: the terms of each step, meant over the ranks, what the likelihood was on this rank alone,
-and the outputs.
+of how many visible and how many valid keypoints, and the outputs.
 """
 
 import sys
@@ -34,6 +34,7 @@ OF: dict[str, tuple[str, dict[str, Any]]] = {
     "pose, end to end, two dimensions": ("yolo26n-pose.yaml", {"dimensions": 2}),
     "pose, likelihood negative on the first rank": ("yolo26n-pose.yaml", {"near": (0, 1, 2), "sigma": -2.0}),
     "pose, likelihood negative in sum": ("yolo26n-pose.yaml", {"near": (0, 1, 2), "sigma": -9.0}),
+    "pose, an error that overflows": ("yolo26n-pose.yaml", {"beyond": 0}),
 }
 EMPTY = (4, 5)  # images without an object: of three ranks the last has no other
 INVISIBLE = 1  # an image whose keypoints are all invisible
@@ -117,6 +118,30 @@ def near(held: Held, images: tuple[int, ...], sigma: float, keypoints: Tensor) -
             held.held[f"{branch}_kpts_sigma"].data[image] = sigma
 
 
+def beyond(held: Held, image: int, keypoints: Tensor) -> None:
+    """Have an error of this image be infinite: its first keypoint is too far away for an output that is so sure."""
+    keypoints[:, 0, :2] = 1e30
+    for branch in ("one2many", "one2one"):
+        held.held[f"{branch}_kpts_sigma"].data[image, :2] = -110.0
+
+
+class Noted:
+    """Of each likelihood that a criterion computes the value, before Ultralytics clamps it, and its keypoints."""
+
+    def __init__(self, criterion: Any, values: list[float], keypoints: list[tuple[int, int]]):
+        self.values, self.keypoints = values, keypoints
+        self.compute, criterion.calculate_rle_loss = criterion.calculate_rle_loss, self.visible
+        criterion.rle_loss.register_forward_hook(self.valid)
+
+    def visible(self, predicted: Tensor, truth: Tensor, visible: Tensor) -> Tensor:
+        self.count = int(visible.sum())
+        return self.compute(predicted, truth, visible)
+
+    def valid(self, _: nn.Module, inputs: tuple[Tensor, ...], value: Tensor) -> None:
+        self.values.append(value.item())
+        self.keypoints.append((self.count, len(inputs[2])))
+
+
 def run(accelerator: Any, case: str, out: Path) -> None:
     torch.manual_seed(0)
     model_name, options = OF[case]
@@ -138,6 +163,8 @@ def run(accelerator: Any, case: str, out: Path) -> None:
                 image[name] = image[name][:1]
         places = torch.stack([i["keypoints"][0, :, :2] if len(i["cls"]) else torch.zeros(4, 2) for i in images])
         near(held, options["near"], options["sigma"], places)  # type: ignore[arg-type]
+    if "beyond" in options:
+        beyond(held, options["beyond"], images[options["beyond"]]["keypoints"])  # type: ignore[arg-type]
     model.criterion = build_criterion(model, Meter(accelerator, model).sum_over_ranks, ranks)
     share = IMAGES // ranks
     mine = [*range(rank * share, (rank + 1) * share)]
@@ -149,10 +176,11 @@ def run(accelerator: Any, case: str, out: Path) -> None:
         batch["keypoints"] = batch["keypoints"].clone()
     batch["batch_idx"] = torch.cat([torch.full((len(images[i]["cls"]),), float(n)) for n, i in enumerate(mine)])
     criteria = [getattr(model.criterion, name, None) for name in ("one2many", "one2one")]
-    own: list[float] = []  # the likelihood, before Ultralytics clamps it
+    own: list[float] = []
+    keypoints: list[tuple[int, int]] = []  # visible ones, and those that are left of them by Ultralytics' filter
     for criterion in criteria:
-        if (likelihood := getattr(criterion, "rle_loss", None)) is not None:
-            likelihood.register_forward_hook(lambda *called: own.append(called[2].item()))
+        if getattr(criterion, "rle_loss", None) is not None:
+            Noted(criterion, own, keypoints)
     wrapped = DistributedDataParallel(held) if ranks > 1 else held
     optimizer = torch.optim.SGD(held.parameters(), lr=0.02)
     steps = []
@@ -165,7 +193,8 @@ def run(accelerator: Any, case: str, out: Path) -> None:
         steps.append(accelerator.reduce(torch.stack([*items.values()]), reduction="mean"))
     names = [*items]
     weights = {name: value.detach().clone() for name, value in held.state_dict().items()}
-    torch.save({"names": names, "steps": steps, "own": own, "weights": weights}, out / f"{case}.{rank}.pt")
+    told = {"names": names, "steps": steps, "own": own, "keypoints": keypoints, "weights": weights}
+    torch.save(told, out / f"{case}.{rank}.pt")
 
 
 accelerator, _ = start_processes("no", [])
