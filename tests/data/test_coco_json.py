@@ -193,10 +193,26 @@ def test_a_broken_file_is_one_message(tmp_path: Path):
         (one(images={"file_name": "a.png"}), r"lists the image a\.png twice"),
         (one(images={"file_name": "a\0b.png"}), r"names an image 'a\\x00b\.png', which no file can be called"),
         (one(images={"file_name": "\ud800.png"}), r"names an image '\\ud800\.png', which no file can be called"),
+        (one(images={"id": 10**30}), r"entry 1 of `images`: `id` is 10{30}, and must be below 9007199254740992"),
+        (one(images={"width": 2**31}), r"entry 1 of `images`: `width` is 2147483648, and must be below 2147483648"),
+        (one(annotations={"image_id": 2**53}), r"entry 1 of `annotations`: `image_id` is 9007199254740992, and must"),
+        (one(annotations={"iscrowd": -(10**20)}), r"entry 1 of `annotations`: `iscrowd` is -10{20}, and must be"),
+        (one(annotations={"bbox": [10**400, 1, 2, 3]}), r"entry 1 of `annotations`: int too large to convert to float"),
+        (one(categories={"id": 1e300}), r"entry 1 of `categories`: `id` is 10000000000000000\d+, and must be below"),
         (one(categories={"name": "dog"}), r"the categories 7 and 2 are both 'dog'"),
     ):
         with pytest.raises(InputError, match=message):
             find(tmp_path, content)
+    for carries, mark, message in (
+        ("polygons", {"segmentation": [[1, 1, 9, 1, 9, 10**400]]}, "segmentation of annotation 1 is neither polygons"),
+        (
+            "keypoints",
+            {"keypoints": [float("nan"), 4, 2]},
+            "annotation 1 has nan in its keypoints, not a number of",
+        ),
+    ):
+        with pytest.raises(InputError, match=message):
+            find(tmp_path, one(annotations=mark), carries=carries)
     for more, message in (
         (
             "val: {images: images}\n",

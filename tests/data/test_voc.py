@@ -93,6 +93,9 @@ def test_what_an_image_cannot_be_used_for_is_said(tmp_path: Path, accelerator: A
         (as_xml([("cat", [30, 4, -16, 8])], 64, 32), "object 1 ends before it begins: 30, 4 to 14, 12"),
         (as_xml([("cat", [60, 4, 16, 8])], 64, 32), r"the bbox \[60.0, 4.0, 16.0, 8.0\] .* leaves its image of 64x32"),
         (as_xml([("cat", [8, 4, 16, 8])], 32, 64), "it says 32x64 px of an image that has 64x32"),
+        (as_xml([("cat", [8, 4, 16, 8])], 10**12, 32), "width is '1000000000000', not a number of pixels"),
+        (as_xml([("cat", [8, 4, 16, 8])], 64, 32).replace(">8<", ">1e400<"), "bndbox is '1e400', not a number of pix"),
+        ("<?xml version='1.0' encoding='x-y'?><annotation/>", "no XML: unknown encoding: x-y"),
     ):
         labels = to_train_on(find_data(str(folder_of(tmp_path, text))), TrainConfig(), accelerator)
         assert [Path(entry.im_file).name for entry in labels] == ["b.jpg"]

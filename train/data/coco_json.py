@@ -15,11 +15,12 @@ from ultralytics.data.converter import merge_multi_segment
 from train.config.errors import InputError
 from train.config.objects import Carries
 from train.config.plain import checked_name
-from train.data.formats import check_regular
+from train.data.formats import FAR, check_regular
 from train.data.runlengths import are_polygons, encoded, is_mask
 from train.data.tables import Said
 from train.processes.allocator import no_collection
 
+EXACT = 2**53  # ids below it are whole in a float64, which detections consist of
 # How reading a JSON file fails that holds something else
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError, RecursionError)
 
@@ -41,6 +42,8 @@ def json_fault(error: BaseException, where: str) -> str:
         return "it is not UTF-8"
     if isinstance(error, json.JSONDecodeError):
         return f"it is no JSON: {error}"
+    if isinstance(error, OverflowError):
+        return f"{where}: {error}"
     return f"{where} is not what COCO has there"
 
 
@@ -69,27 +72,27 @@ def read_coco(file: str, carries: Carries, source: str) -> dict[str, list[dict[s
         truth: dict[str, list[dict[str, Any]]] = {
             "images": [
                 {
-                    "id": int(i["id"]),
+                    "id": _whole(i["id"], "id"),
                     "file_name": str(i["file_name"]),
-                    "width": int(i["width"]),
-                    "height": int(i["height"]),
+                    "width": _whole(i["width"], "width", FAR),
+                    "height": _whole(i["height"], "height", FAR),
                 }
                 for i in each("images")
             ],
             "annotations": [
                 {
                     "id": number,
-                    "image_id": int(a["image_id"]),
-                    "category_id": int(a["category_id"]),
+                    "image_id": _whole(a["image_id"], "image_id"),
+                    "category_id": _whole(a["category_id"], "category_id"),
                     "bbox": [float(x) for x in a["bbox"]],
                     "area": float(a["area"] if "area" in a else a["bbox"][2] * a["bbox"][3]),
-                    "iscrowd": int(a.get("iscrowd", 0)),
+                    "iscrowd": _whole(a.get("iscrowd", 0), "iscrowd"),
                     "beside": _beside(a, carries),
                 }
                 for number, a in enumerate(each("annotations"), 1)
             ],
             "categories": [
-                {"id": int(c["id"]), "name": str(c["name"])}
+                {"id": _whole(c["id"], "id"), "name": str(c["name"])}
                 | {key: c[key] for key in ("supercategory", "keypoints") if c.get(key)}
                 for c in each("categories")
             ],
@@ -121,6 +124,14 @@ def read_coco(file: str, carries: Carries, source: str) -> dict[str, list[dict[s
     return truth
 
 
+def _whole(value: Any, key: str, beyond: int = EXACT) -> int:
+    """A whole number; OverflowError where it is too large, ValueError or TypeError where it is none."""
+    number = int(value)
+    if abs(number) >= beyond:
+        raise OverflowError(f"`{key}` is {str(number)[:40]}, and must be below {beyond}")
+    return number
+
+
 def _beside(annotation: dict[str, Any], carries: Carries) -> dict[str, Any] | None:
     """What an annotation has beside its box; None where it is not needed."""
     if carries == "polygons":
@@ -141,6 +152,9 @@ def _check_beside(truth: dict[str, list[dict[str, Any]]], carries: Carries, sour
             f"{source}: its keypoints are lists of {', '.join(map(str, sorted(numbers)))} numbers; each must have x, y "
             "and visibility of equally many."
         )
+    for a in truth["annotations"] if carries == "keypoints" else ():
+        if odd := [value for value in a["beside"]["keypoints"] if not abs(value) < FAR]:
+            raise InputError(f"{source}: annotation {a['id']} has {odd[0]} in its keypoints, not a number of pixels.")
     for a in truth["annotations"] if carries == "polygons" else ():
         mask, size = a["beside"]["segmentation"], sizes[a["image_id"]]
         if not are_polygons(mask) and not is_mask(mask, size):

@@ -16,6 +16,7 @@ from ultralytics.utils.ops import segments2boxes
 from ultralytics.utils.patches import imread
 
 LARGEST = 50_000_000  # bytes of a label file
+FAR = 2**31  # pixels: no image is as large
 HEAD, TAIL, END = 65536, 4096, b"\xff\xd9"  # bytes of a JPEG in which its header, and its end, are looked for
 EMPTY = np.zeros(0), np.zeros((0, 4))
 Labels = tuple[np.ndarray, np.ndarray, list[np.ndarray]]

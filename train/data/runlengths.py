@@ -1,9 +1,10 @@
 """COCO's `segmentation` of an object: polygons, or a mask as run lengths down the columns of its image."""
 
-import math
 from typing import Any
 
 from pycocotools import mask as coco_mask
+
+from train.data.formats import FAR
 
 
 def encoded(segmentation: Any, height: int, width: int) -> dict[str, Any]:
@@ -24,7 +25,7 @@ def are_polygons(segmentation: Any) -> bool:
             isinstance(part, list)
             and len(part) >= 6
             and not len(part) % 2
-            and all(isinstance(value, int | float) and math.isfinite(value) for value in part)
+            and all(isinstance(value, int | float) and abs(value) < FAR for value in part)
             for part in segmentation
         )
     )

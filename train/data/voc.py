@@ -9,7 +9,7 @@ import numpy as np
 
 from train.config.errors import InputError
 from train.config.plain import checked_name
-from train.data.formats import LARGEST, check_regular
+from train.data.formats import FAR, LARGEST, check_regular
 from train.data.tables import Said
 
 # Of a split the first that is there
@@ -102,7 +102,7 @@ def _read(file: str) -> tuple[tuple[int, int], list[tuple[str, list[float]]]]:
         root = ElementTree.parse(file).getroot()
     except OSError as error:
         raise ValueError(f"cannot be read ({error.strerror or error})") from None
-    except ElementTree.ParseError as error:
+    except (ElementTree.ParseError, LookupError) as error:  # LookupError: an encoding that nobody knows
         raise ValueError(f"no XML: {error}") from None
     shape = tuple(int(_number(root.findtext(f"size/{side}") or "0", side)) for side in ("height", "width"))
     found = []
@@ -122,10 +122,11 @@ def _read(file: str) -> tuple[tuple[int, int], list[tuple[str, list[float]]]]:
 
 
 def _number(text: str, what: str) -> float:
+    """A number of pixels; ValueError where it is none."""
     try:
         value = float(text)
     except ValueError:
         value = math.nan
-    if not math.isfinite(value):
-        raise ValueError(f"{what} is {text[:40]!r}, not a number")
+    if not abs(value) < FAR:
+        raise ValueError(f"{what} is {text[:40]!r}, not a number of pixels")
     return value
