@@ -14,6 +14,7 @@ import numpy as np
 
 from train.data.arrays import open_arrays
 from train.data.formats import ImageLabels
+from train.data.tables import Table
 
 MOST = 2**31 - 1  # the highest class that is kept apart from others
 NO_POINTS = np.zeros(0, np.int64)
@@ -28,6 +29,7 @@ class Index:
         keypoints: number and dimensions of an object's keypoints; without, its points are a polygon.
         file: that the arrays are mapped from, if they are.
         pictures: a hash of the images' names, sizes and times.
+        table: that the labels were read from, of the same images in the same order; a worker does without.
     """
 
     def __init__(
@@ -37,7 +39,9 @@ class Index:
         keypoints: tuple[int, ...] = (),
         file: str = "",
         pictures: str = "",
+        table: Table | None = None,
     ):
+        self.table = table
         self.arrays, self.base, self.keypoints, self.from_file, self.pictures = arrays, base, keypoints, file, pictures
         self.sizes, self.shapes, self.ids = arrays["sizes"], arrays["shapes"], arrays["ids"]
         self.first, self.cls, self.boxes = arrays["first"], arrays["cls"], arrays["boxes"]
@@ -81,15 +85,18 @@ class Index:
         return {row: os.path.join(self.base, text) for row, text in told}
 
 
-def open_index(file: str, base: str = "") -> Index:
+def open_index(file: str, base: str = "", table: Table | None = None) -> Index:
     """Map an index.
 
     Args:
         file: the index.
         base: folder that its paths are relative to; unset takes the one where it was read.
+        table: see `Index`; of another state than the one that was read it is none of this index.
     """
     arrays, about = open_arrays(Path(file))
-    return Index(arrays, base or about["base"], tuple(json.loads(about["keypoints"])), file, about["pictures"])
+    if table is not None and table.name != about.get("table"):
+        table = None
+    return Index(arrays, base or about["base"], tuple(json.loads(about["keypoints"])), file, about["pictures"], table)
 
 
 def pack(read: list[ImageLabels | str], base: str) -> dict[str, np.ndarray]:

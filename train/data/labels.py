@@ -5,6 +5,7 @@ from functools import cached_property
 from typing import overload
 
 import numpy as np
+from ultralytics.utils.ops import xywh2ltwh
 
 from train.config.errors import InputError
 from train.config.objects import Carries
@@ -95,6 +96,17 @@ class Labels(Sequence[ImageLabels]):
         """
         place, cls, each = self._classes(places)
         return place, cls, self.source.boxes[each]
+
+    def boxes_in_pixels(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The same with each box as left, top, width and height in pixels: an annotation file's own numbers, where the
+        labels are one's.
+        """
+        place, cls, each = self._classes(places)
+        if (table := self.source.table) is not None:
+            rows = self.rows[place]
+            return place, cls, table.boxes(rows, each - self.source.first[rows])
+        heights, widths = self.shapes[place].T
+        return place, cls, xywh2ltwh(self.source.boxes[each] * np.stack((widths, heights, widths, heights), 1))
 
     def _classes(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The same without the boxes, which need not be in memory for it: for each where it is in the index."""

@@ -127,7 +127,8 @@ def read_index(
             say(f"reading the labels of {one.images} images of {split}{reason}")
             _build(one, split, data, accelerator, say, counted)
             words = f"kept in {Path(one.file).parent}"
-        indexes[split] = index = open_index(one.file, one.base)
+        table = Table(*data.tables[split]) if split in data.tables else None
+        indexes[split] = index = open_index(one.file, one.base, table)
         say(f"index      {split}: {len(index)} images with their labels, {words}")
         _check_same(index, data, accelerator)
     if disk := network_disk(folder):
@@ -159,7 +160,7 @@ def _build(
 
     together(read)
     found.file, warning = first_of_machine(
-        accelerator, lambda: (found.file, "") if found.valid else _join(parts, found, data, files)
+        accelerator, lambda: (found.file, "") if found.valid else _join(parts, found, data, split, files)
     )
     if warning:
         say(warning)
@@ -229,12 +230,13 @@ class _Blocks(Sequence[dict[str, np.ndarray]]):
         return read_labelled(file, source, partial(self.table.labels, row), bool(self.keypoints))
 
 
-def _join(parts: list[Path], found: Found, data: DataFiles, files: list[str]) -> tuple[str, str]:
+def _join(parts: list[Path], found: Found, data: DataFiles, split: str, files: list[str]) -> tuple[str, str]:
     """Write the index from what the ranks have read; where it is, and a warning where that is not where it belongs."""
     listing, _ = open_arrays(Path(found.listing))
     packed = join([open_arrays(part)[0] for part in parts])
     arrays = finished(packed, listing["paths"], listing["listed"], files)
     about = {"base": found.base, "keypoints": json.dumps(data.keypoints), "pictures": found.pictures}
+    about["table"] = Path(data.tables[split][0]).name if split in data.tables else ""
     warning = ""
     try:
         write_arrays(Path(found.file), arrays, about)

@@ -18,7 +18,7 @@ import train
 from train.config.errors import InputError
 from train.data.arrays import fault_of, open_arrays, remove_unused, write_arrays
 
-VERSION = 1  # of the readers
+VERSION = 2  # of the readers
 ENDING = f".table{VERSION}"
 OUTSIDE = 0.01  # of the image's side, by which a box may leave it, as in a label file
 
@@ -47,6 +47,7 @@ class Table:
     """
 
     def __init__(self, file: str, classes: Iterable[tuple[int, int]] = ()):
+        self.name = Path(file).name
         self.arrays, about = open_arrays(Path(file))
         self.source, self.dimensions = about["source"], int(about["dimensions"])
         self.names = {int(id_): name for id_, name in json.loads(about["names"])}
@@ -97,11 +98,17 @@ class Table:
             box = boxes[outside][0].tolist()
             raise ValueError(f"the bbox {box} (left, top, width, height) leaves its image of {width}x{height} px")
         cls = np.array([self.classes[id_] for id_ in self.arrays["category"][first:end].tolist()], np.float64)
-        rows: dict[bytes, int] = {}  # an object that is there twice counts once, as in a label file
-        for i in range(end - first):
-            rows.setdefault(table[i].tobytes() + cls[i].tobytes() + (points[i].tobytes() if points else b""), i)
-        kept = [*rows.values()]
-        return cls[kept], table[kept], [points[i] for i in kept] if points else []
+        return cls, table, points
+
+    def boxes(self, rows: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+        """(m, 4) float64 boxes as the file gives them: left, top, width, height in pixels.
+
+        Args:
+            rows: of the images, one for each box.
+            numbers: of each box within its image, from 0.
+        """
+        boxes: np.ndarray = self.arrays["boxes"][self.arrays["first"][rows] + numbers]
+        return boxes
 
 
 def table_of(
@@ -164,23 +171,38 @@ def _is_path(name: str) -> bool:
 
 
 def _packed(said: Said, file: str) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    counts = np.bincount(said.image, minlength=len(said.files))
-    sizes = np.array([one.size for one in said.points], np.int64)
+    kept = _each_once(said)
+    points = [said.points[i] for i in kept] if said.points else []
+    counts = np.bincount(said.image[kept], minlength=len(said.files))
+    sizes = np.array([one.size for one in points], np.int64)
     arrays: dict[str, np.ndarray] = {
         "paths": np.frombuffer(os.fsencode("\0".join(said.files)), np.uint8),
         "shapes": said.shapes.astype(np.int32),
         "first": np.append(0, np.cumsum(counts)).astype(np.int64),
-        "category": said.category.astype(np.int64),
-        "boxes": said.boxes.astype(np.float64).reshape(-1, 4),
-        "point_ends": np.append(0, np.cumsum(sizes)).astype(np.int64) if said.points else np.zeros(0, np.int64),
-        "points": np.concatenate([one.ravel() for one in said.points]) if said.points else np.zeros(0),
+        "category": said.category[kept].astype(np.int64),
+        "boxes": said.boxes.astype(np.float64).reshape(-1, 4)[kept],
+        "point_ends": np.append(0, np.cumsum(sizes)).astype(np.int64) if points else np.zeros(0, np.int64),
+        "points": np.concatenate([one.ravel() for one in points]) if points else np.zeros(0),
     }
-    dimensions = said.points[0].shape[1] if said.points else 2
+    dimensions = points[0].shape[1] if points else 2
     about = {"source": file, "names": json.dumps([*said.names.items()]), "dimensions": str(dimensions)}
     return arrays, about | {
         "keypoint_names": json.dumps(said.keypoint_names),
         "faults": json.dumps(said.faults),
     }
+
+
+def _each_once(said: Said) -> np.ndarray:
+    """Places of the objects without those of an image that are there twice, which count once, as in a label file."""
+    kept: list[int] = []
+    ends = np.searchsorted(said.image, np.arange(len(said.files) + 1))
+    for first, end in pairwise(ends.tolist()):
+        rows: dict[bytes, int] = {}
+        for i in range(first, end):
+            points = said.points[i].tobytes() if said.points else b""
+            rows.setdefault(said.category[i].tobytes() + said.boxes[i].tobytes() + points, i)
+        kept += rows.values()
+    return np.array(kept, np.int64)
 
 
 def mirrored(names: Sequence[str]) -> tuple[int, ...]:

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 from pycocotools import mask as coco_mask
-from ultralytics.utils.ops import xywh2ltwh
 
 from train.data.formats import with_visibility
 from train.data.labels import Labels, ragged
@@ -84,9 +83,7 @@ class Truth:
             own = self.own
             return Marks(own.image[each], own.category[each], own.boxes[each], own.area[each], own.crowd[each])
         assert self.labels is not None  # truth that another process has
-        image, category, boxes = self.labels.boxes(places)
-        heights, widths = self.sizes[image].T
-        boxes = xywh2ltwh(boxes * np.stack((widths, heights, widths, heights), 1))
+        image, category, boxes = self.labels.boxes_in_pixels(places)
         area = boxes[:, 2] * boxes[:, 3]
         if self.labels.carries == "keypoints":
             area = OF_BOX * area
