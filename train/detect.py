@@ -93,7 +93,7 @@ def main(config: TrainConfig) -> None:
     ranks = accelerator.num_processes
     if config.batch % ranks:
         raise InputError(indivisible(config, ranks))
-    data = read_data(config, task.carries, accelerator, report.say)
+    data = read_data(config, task.carries, accelerator, report.say, ahead)
     check_same("The classes of --data", data.names, "Start all machines with the same data set.")
     config = with_sigmas(config, task, data)
 

@@ -86,7 +86,7 @@ def main(config: ValConfig) -> None:
 
     if not config.data:
         raise InputError(f"{config.weights} does not say what it was trained on; name the data set with --data.")
-    data = read_data(config, task.carries, accelerator, report.say)
+    data = read_data(config, task.carries, accelerator, report.say, ahead)
     if len(model.names) != len(data.names):
         raise InputError(f"{config.weights} knows {len(model.names)} classes, {data.name} names {len(data.names)}.")
     if task.carries == "keypoints" and [*model.model[-1].kpt_shape] != [*data.keypoints]:
@@ -180,7 +180,7 @@ def measure_file(config: ValConfig, accelerator: Accelerator, report: Report, ah
     found = here[0] if here else Detections(np.zeros((0, 7)))
     task = next(task for task in TASKS.values() if task.carries == carries)
     if config.data:
-        data = read_data(config, carries, accelerator, report.say)
+        data = read_data(config, carries, accelerator, report.say, ahead)
         config = with_sigmas(config, task, data)
         _, truth = split_to_validate(data, config, carries, accelerator, report, ahead)
     else:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -13,7 +14,9 @@ from tests.data.test_coco_json import write
 from tests.labels import to_train_on, to_validate_on
 from train.config.errors import InputError
 from train.config.options import EvalConfig, TrainConfig
+from train.data import scan
 from train.data.files import find_data
+from train.data.scan import check_ahead, read_data
 from train.data.sets import TrainSet
 from train.evaluation.cocofiles import read_truth
 
@@ -90,12 +93,12 @@ def test_what_an_image_cannot_be_used_for_is_said(tmp_path: Path, accelerator: A
             as_xml([("cat", [8, 4, 16, 8])], 64, 32).replace("<xmin>8<", "<xmin>x<"),
             "object 1: bndbox is 'x', not a num",
         ),
-        (as_xml([("cat", [30, 4, -16, 8])], 64, 32), "object 1 ends before it begins: 30, 4 to 14, 12"),
-        (as_xml([("cat", [60, 4, 16, 8])], 64, 32), r"the bbox \[60.0, 4.0, 16.0, 8.0\] .* leaves its image of 64x32"),
-        (as_xml([("cat", [8, 4, 16, 8])], 32, 64), "it says 32x64 px of an image that has 64x32"),
         (as_xml([("cat", [8, 4, 16, 8])], 10**12, 32), "width is '1000000000000', not a number of pixels"),
         (as_xml([("cat", [8, 4, 16, 8])], 64, 32).replace(">8<", ">1e400<"), "bndbox is '1e400', not a number of pix"),
         ("<?xml version='1.0' encoding='x-y'?><annotation/>", "no XML: unknown encoding: x-y"),
+        (as_xml([("cat", [30, 4, -16, 8])], 64, 32), "object 1 ends before it begins: 30, 4 to 14, 12"),
+        (as_xml([("cat", [60, 4, 16, 8])], 64, 32), r"the bbox \[60.0, 4.0, 16.0, 8.0\] .* leaves its image of 64x32"),
+        (as_xml([("cat", [8, 4, 16, 8])], 32, 64), "it says 32x64 px of an image that has 64x32"),
     ):
         labels = to_train_on(find_data(str(folder_of(tmp_path, text))), TrainConfig(), accelerator)
         assert [Path(entry.im_file).name for entry in labels] == ["b.jpg"]
@@ -104,6 +107,31 @@ def test_what_an_image_cannot_be_used_for_is_said(tmp_path: Path, accelerator: A
     (tmp_path / "Annotations" / "a.xml").unlink()
     labels = to_train_on(find_data(str(tmp_path)), TrainConfig(), accelerator)
     assert "a.xml: cannot be read (No such file" in labels.faults[0]
+
+
+def test_an_object_that_is_there_twice_counts_once(tmp_path: Path, accelerator: Accelerator):
+    boxes = [("cat", [8, 4, 16, 8]), ("cat", [0, 4, 16, 8]), ("cat", [8, 4, 16, 8]), ("dog", [8, 4, 16, 8])]
+    data = find_data(str(folder_of(tmp_path, as_xml([(name, [*box]) for name, box in boxes], 64, 32))))
+    entry = to_train_on(data, TrainConfig(), accelerator)[0]
+    assert [(data.names[int(c)], x) for c, x in zip(entry.cls, entry.boxes[:, 0].tolist(), strict=True)] == [
+        ("cat", 0.25), ("cat", 0.125), ("dog", 0.25)
+    ]  # fmt: skip
+
+
+def test_a_start_looks_for_the_data_set_once(tmp_path: Path, accelerator: Accelerator, monkeypatch):
+    folder_of(tmp_path, as_xml([("cat", [8, 4, 16, 8])], 64, 32))
+    config = TrainConfig(data=str(tmp_path), index_dir=str(tmp_path / "kept"))
+    assert check_ahead(config, "train") is None  # nothing has been read before
+    data = read_data(config, "boxes", accelerator, print)
+    ahead = check_ahead(config, "train")
+    assert ahead is not None
+    ahead.end()
+    asked = []
+    monkeypatch.setattr(scan, "find_data", lambda *what, say: (asked.append(what), data)[1])
+    assert read_data(config, "boxes", accelerator, print, ahead) == data
+    assert not asked
+    read_data(replace(config, classes=(0,)), "boxes", accelerator, print, ahead)  # as a resumed run may ask
+    assert len(asked) == 1
 
 
 def test_difficult_objects_and_lists(tmp_path: Path, accelerator: Accelerator):

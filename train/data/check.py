@@ -54,11 +54,13 @@ class Check:
         splits: of it.
         folder: where indexes are kept.
         level: `stat`, `list` or `off`, see --index-check.
+        asked: for what the data set was found.
     """
 
-    def __init__(self, data: DataFiles, splits: tuple[str, ...], folder: Path, level: str):
+    def __init__(self, data: DataFiles, splits: tuple[str, ...], folder: Path, level: str, asked: tuple[Any, ...] = ()):
+        self.data, self.asked = data, asked
         self.subject = self._subject(data, splits)
-        asked = {"level": level, "folder": str(folder), "scratch": train.scratch.name, "parent": os.getpid()}
+        how = {"level": level, "folder": str(folder), "scratch": train.scratch.name, "parent": os.getpid()}
         path = os.pathsep.join(filter(None, (str(Path(train.__file__).parents[1]), os.environ.get("PYTHONPATH"))))
         self.process = subprocess.Popen(
             [sys.executable, "-P", "-m", "train.data.check"],
@@ -66,7 +68,7 @@ class Check:
             env=os.environ | {"PYTHONPATH": path},
         )  # fmt: skip
         assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps(self.subject | asked).encode())
+        self.process.stdin.write(json.dumps(self.subject | how).encode())
         self.process.stdin.close()
         self.process.stdin = None
 
