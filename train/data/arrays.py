@@ -7,6 +7,7 @@ import contextlib
 import json
 import math
 import os
+import shutil
 import struct
 import time
 import zlib
@@ -51,7 +52,10 @@ def _remove_old_drafts(folder: Path) -> None:
     for draft in folder.glob(f".*{DRAFT}"):
         with contextlib.suppress(OSError):  # another run is faster
             if time.time() - draft.stat().st_mtime > OLD:
-                draft.unlink()
+                if draft.is_dir():
+                    shutil.rmtree(draft)
+                else:
+                    draft.unlink()
 
 
 def remove_unused(kept: Path, pattern: str) -> None:

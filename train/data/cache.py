@@ -30,6 +30,7 @@ from train.data.imagecache import ImageCache, pixels_of
 from train.data.index import Index
 from train.data.scan import Counted, index_folder
 from train.data.sets import Images
+from train.data.tables import INSIDE
 from train.processes import holders, room
 from train.processes.collectives import first_of_machine, together
 from train.processes.cores import cores_of_rank
@@ -335,14 +336,15 @@ def _finish(draft: Path | None, file: Path, held: dict[Path, int]) -> None:
 
 
 def main() -> None:
-    """Remove all caches that no run holds."""
+    """Remove all caches that no run holds, and images that were written out of parquet files."""
     parser = argparse.ArgumentParser(description="Remove caches of images that no run uses.")
     parser.add_argument("--index-dir", default=str(cache_folder()), help="folder that keeps them")
     folder = Path(parser.parse_args().index_dir)
     removed = bytes_ = 0
-    for file in [*_in_memory(), *folder.glob(f"*{ENDING}"), *folder.glob(f".*{DRAFT}")]:
+    in_folder = (file for name in (f"*{ENDING}", f"*{INSIDE}", f".*{DRAFT}") for file in folder.glob(name))
+    for file in [*_in_memory(), *in_folder]:
         with contextlib.suppress(OSError):
-            size = file.stat().st_size
+            size = sum(one.stat().st_size for one in (file.iterdir() if file.is_dir() else [file]))
             if holders.remove_unheld(file):
                 removed, bytes_ = removed + 1, bytes_ + size
     print(f"{removed} cache{'s'[: removed != 1]} of {in_bytes(bytes_)} removed from {room.SHARED} and {folder}")

@@ -15,9 +15,10 @@ from train.config.errors import InputError
 from train.config.objects import Carries, Objects
 from train.data.coco_json import said_by_coco
 from train.data.data_yaml import DataYaml, read_data_yaml
+from train.data.huggingface import parquet_below, parquet_files, parquet_splits, said_by_parquet
 from train.data.listing import DataFiles, as_list, located
 from train.data.shapes import draw_shapes
-from train.data.tables import Table, mirrored, table_of
+from train.data.tables import Said, Table, images_of, kept_at, mirrored, table_of
 from train.data.voc import said_by_voc, voc_splits, xml_files
 from train.processes.files import cache_folder
 
@@ -57,7 +58,7 @@ def find_data(
     if not given.splits:
         raise InputError(f"{path} names no images; add the lines `train: folder-or-list.txt` and `val: …`.")
     root = _root(path, given.path, given.splits)
-    tables = _tables(root, given.splits, carries, folder or cache_folder(), say)
+    tables = _tables(root, given, carries, folder or cache_folder(), say)
     given, pairs = _with_classes(given, tables, path)
     if lacking := [index for index in classes or () if index not in given.names]:
         raise InputError(f"--classes names {lacking[0]}, but {path} has the classes 0 to {len(given.names) - 1}.")
@@ -101,7 +102,7 @@ def _data_set(data: str) -> tuple[Path, DataYaml]:
 
 
 def _of_folder(folder: Path) -> tuple[Path, DataYaml]:
-    """The data set in a folder, as an export of a labelling tool leaves it there.
+    """The data set in a folder, as an export of a labelling tool or a download leaves it there.
 
     Raises:
         InputError: it is none that is known.
@@ -111,15 +112,23 @@ def _of_folder(folder: Path) -> tuple[Path, DataYaml]:
         for split, name in (("train", "train"), ("val", "valid"), ("test", "test"))
         if (folder / name / EXPORTED).is_file()
     }
-    if splits := exported or voc_splits(folder):
-        return folder, DataYaml(path=str(folder.absolute()), splits=splits, names={})
+    whole = DataYaml(path=str(folder.absolute()), splits=exported or voc_splits(folder), names={})
+    if whole.splits:
+        return folder, whole
     found = sorted([*folder.glob("*.yaml"), *folder.glob("*.yml")])
+    exports = [file for file in found if file.stem == "data"]  # what labelling tools call it
+    given = read_data_yaml(exports[0]) if exports else whole
+    if given.splits:
+        return exports[0], given
+    if splits := parquet_splits(folder):
+        return folder, replace(given, path=whole.path, splits=splits)
     if not found:
+        hint = f" {deeper} is such a folder; name that." if (deeper := parquet_below(folder)) else ""
         raise InputError(
             f"--data is {str(folder)!r}, a folder without a data YAML, which lists train, val and names, without "
-            f"train/{EXPORTED}, and without VOC's Annotations and ImageSets/Main/train.txt."
+            f"train/{EXPORTED}, without VOC's Annotations and ImageSets/Main/train.txt, and without "
+            f"Hugging Face's data/train-00000-of-00001.parquet.{hint}"
         )
-    exports = [file for file in found if file.stem == "data"]  # what labelling tools call it
     if len(found) > 1 and not exports:
         raise InputError(f"--data is {str(folder)!r}, a folder; name its data YAML, such as {found[0]}.")
     file = (exports or found)[0]
@@ -140,7 +149,7 @@ def annotation_files(data: str) -> dict[str, str]:
 
 
 def _tables(
-    root: Path, splits: dict[str, Any], carries: Carries, folder: Path, say: Callable[[str], None] | None
+    root: Path, given: DataYaml, carries: Carries, folder: Path, say: Callable[[str], None] | None
 ) -> dict[str, str]:
     """The tables of the splits whose annotation file is there.
 
@@ -148,20 +157,31 @@ def _tables(
         InputError: it has not the form that its ending says, or cannot say what is needed.
     """
     tables = {}
-    for split, entries in splits.items():
-        if not isinstance(entries, dict) or not os.path.isfile(located(root, entries["annotations"])):
+    tell = say or (lambda line: None)
+    for split, entries in given.splits.items():
+        if not isinstance(entries, dict):
             continue
-        file, images = str(located(root, entries["annotations"])), str(located(root, entries["images"]))
+        file, images = (str(located(root, entries[part])) for part in ("annotations", "images"))
+        files = parquet_files(file) if file.endswith(".parquet") else [file] if os.path.isfile(file) else []
+        if not files:
+            continue
+        read: Callable[[], Said]
         if file.endswith(".json"):
-            tables[split] = table_of([file], partial(said_by_coco, file, carries, file), carries, folder, say)
-        elif file.endswith(".txt") and carries == "boxes":
-            tables[split] = table_of([file, *xml_files(file)], partial(said_by_voc, file, images), images, folder, say)
-        elif file.endswith(".txt"):
-            raise InputError(f"{file} lists VOC's XML files, which have boxes; train/detect.py trains on boxes.")
-        else:
+            table, read = kept_at(files, folder, carries), partial(said_by_coco, file, carries, file)
+        elif not file.endswith((".txt", ".parquet")):
             raise InputError(
-                f"{file} is in no known form: COCO's is a .json file, VOC's a .txt list beside Annotations."
+                f"{file} is in no known form: COCO's is a .json file, VOC's a .txt list beside Annotations, Hugging "
+                "Face's are .parquet files."
             )
+        elif carries != "boxes":
+            raise InputError(f"What is in {file} are boxes alone; train/detect.py trains on boxes.")
+        elif file.endswith(".txt"):
+            files += xml_files(file)
+            table, read = kept_at(files, folder, images), partial(said_by_voc, file, images)
+        else:
+            table = kept_at(files, folder, also=str(given.names))
+            read = partial(said_by_parquet, files, given.names, Path(images), images_of(table), tell)
+        tables[split] = table_of(table, files, read, say)
     return tables
 
 
@@ -189,13 +209,13 @@ def _with_classes(given: DataYaml, files: dict[str, str], path: Path) -> tuple[D
         pairs[split] = [files[split], [[id_, index[name]] for id_, name in table.names.items()]]
     if not given.names:
         said = ", ".join(str(entries["annotations"]) for entries in given.splits.values() if isinstance(entries, dict))
-        raise InputError(f"{path} names no classes, and its annotation files ({said}) are not there.")
+        raise InputError(f"{path} names no classes, and its annotation files ({said}) are not there, or name none.")
     return given, pairs
 
 
 def _names(tables: list[Table]) -> list[str]:
-    """Names of the classes: COCO's categories in the order of their ids; VOC's, which have none, by the alphabet."""
-    if tables[0].source.endswith(".json"):
+    """Names of the classes: categories that have ids in their order; VOC's, which have none, by the alphabet."""
+    if tables[0].numbered:
         return [tables[0].names[id_] for id_ in sorted(tables[0].names)]
     return sorted({name for table in tables for name in table.names.values()})
 

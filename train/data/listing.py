@@ -37,6 +37,9 @@ class DataFiles(Objects):
             InputError: the YAML does not name the split, or what it names is not there or holds no image.
         """
         entries = self.splits.get(split)
+        if not entries and os.path.isdir(self.name):
+            there = ", ".join(self.splits)
+            raise InputError(f"{self.name} has no `{split}` images, but {there}; --split names another to validate on.")
         if not entries:
             raise InputError(f"{self.name} names no `{split}` images; add a line `{split}: folder-or-list.txt`.")
         if isinstance(entries, dict):
@@ -72,10 +75,11 @@ class DataFiles(Objects):
         file = located(self.root, entries["annotations"])
         if split not in self.tables:
             raise InputError(f"{self.name} says `{split}: annotations: {file}`, but there is no such file.")
-        folder = located(self.root, entries["images"])
+        table = Table(*self.tables[split])
+        folder = table.images or located(self.root, entries["images"])
         if not os.path.isdir(folder):
             raise InputError(f"{self.name} says `{split}: images: {folder}`, but there is no such folder.")
-        files = [os.path.join(folder, name) for name in Table(*self.tables[split]).files]
+        files = [os.path.join(folder, name) for name in table.files]
         if not files:
             raise InputError(f"{file} lists no image; {split} needs one.")
         return files

@@ -27,11 +27,12 @@ from train.data.files import find_data
 from train.data.formats import ImageLabels, read_image, read_labelled
 from train.data.index import Index, finished, join, open_index, pack
 from train.data.listing import DataFiles, label_file
-from train.data.tables import Table
+from train.data.tables import Table, images_of
 from train.processes.collectives import first_of_machine, together
 from train.processes.cores import cores_of_rank
 from train.processes.devices import launched, local_processes, machine
 from train.processes.files import cache_folder
+from train.processes.holders import take
 from train.processes.parent import end_with_parent
 from train.processes.room import network_disk
 
@@ -75,7 +76,8 @@ def read_data(
     say: Callable[[str], None],
     ahead: Check | None = None,
 ) -> DataFiles:
-    """The data set that --data means, as this machine has it (collective); see `find_data`.
+    """The data set that --data means, as this machine has it (collective); see `find_data`. Images that were in its
+    files are held from here on, so that no other run removes them.
 
     Args:
         config, carries: what is asked.
@@ -90,7 +92,10 @@ def read_data(
 
     def find() -> DataFiles:
         asked = _asked(config, carries)
-        return ahead.data if ahead is not None and ahead.asked == asked else find_data(*asked, say=say)
+        data = ahead.data if ahead is not None and ahead.asked == asked else find_data(*asked, say=say)
+        for table, _ in data.tables.values():
+            take(images_of(Path(table)))
+        return data
 
     return first_of_machine(accelerator, find)
 

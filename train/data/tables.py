@@ -1,6 +1,7 @@
 """What an annotation file says of all images of a split, as arrays: it is parsed once, and all ranks map what it says.
 
-A table lies beside the indexes. It is of one state of the file: a file that has changed gets another.
+A table lies beside the indexes. It is of one state of the file: a file that has changed gets another. Images that are
+inside such files are written out once, into a folder beside the table; the next state's takes its place.
 """
 
 import contextlib
@@ -17,9 +18,11 @@ import numpy as np
 import train
 from train.config.errors import InputError
 from train.data.arrays import fault_of, open_arrays, remove_unused, write_arrays
+from train.processes.holders import remove_unheld
 
 VERSION = 2  # of the readers
 ENDING = f".table{VERSION}"
+INSIDE = f".inside{VERSION}"  # of a folder of images that were in the files themselves
 OUTSIDE = 0.01  # of the image's side, by which a box may leave it, as in a label file
 
 
@@ -34,8 +37,10 @@ class Said:
     boxes: np.ndarray  # (m, 4) float64: left, top, width, height in pixels
     points: list[np.ndarray]  # of each object a polygon (k, 2), or keypoints (k, 3), in pixels; empty of boxes alone
     names: dict[int, str]  # of the categories, by id
+    numbered: bool = True  # whether these ids are the file's own, and so the order of the classes
     keypoint_names: tuple[str, ...] = ()
     faults: dict[int, str] = field(default_factory=dict)  # by image why what is said of it cannot be used
+    inside: bool = False  # whether the images were in the files, and are now in `images_of` the table
 
 
 class Table:
@@ -50,6 +55,7 @@ class Table:
         self.name = Path(file).name
         self.arrays, about = open_arrays(Path(file))
         self.source, self.dimensions = about["source"], int(about["dimensions"])
+        self.numbered, self.images = bool(about["numbered"]), images_of(Path(file)) if about["inside"] else None
         self.names = {int(id_): name for id_, name in json.loads(about["names"])}
         self.keypoint_names = tuple(json.loads(about["keypoint_names"]))
         self.faults = {int(row): fault for row, fault in json.loads(about["faults"]).items()}
@@ -75,10 +81,8 @@ class Table:
             shape: height and width of the image itself, in pixels.
 
         Raises:
-            ValueError: the file is about another size, an object leaves the image, or what is said cannot be used.
+            ValueError: the file is about another size, or an object leaves the image.
         """
-        if row in self.faults:
-            raise ValueError(self.faults[row])
         height, width = shape
         said = tuple(self.arrays["shapes"][row].tolist())
         if all(said) and said != shape:
@@ -111,46 +115,75 @@ class Table:
         return boxes
 
 
-def table_of(
-    files: list[str], read: Callable[[], Said], what: str, folder: Path, say: Callable[[str], None] | None
-) -> str:
-    """The table of an annotation file: kept, or made now. Call it on one process of a machine.
+def images_of(table: Path) -> Path:
+    """The folder of the images that were in the files of this table."""
+    return table.with_name(table.name.removesuffix(ENDING) + INSIDE)
+
+
+def kept_at(files: list[str], folder: Path, what: str = "", also: str = "") -> Path:
+    """Where the table of annotation files in their present state is, or belongs.
 
     Args:
         files: the annotation file, and those that it lists.
-        read: reads them.
-        what: is read of it, where that is not all.
-        folder: where tables are kept; where it cannot be written to, a temporary one takes its place.
-        say: is given a line before it is read; None has it not read now.
-
-    Raises:
-        InputError: there is none, and it is not to be read now; or what `read` raises.
-        OSError: it can be kept nowhere.
+        folder: where tables are kept.
+        what: is read of it, where that is not all: both tables are kept.
+        also: what the content depends on beside the files: one table takes the other's place.
     """
     place = hashlib.sha256(os.fsencode(f"{os.path.abspath(files[0])} {what}")).hexdigest()[:8]
     states = [_state(file) for file in files]
-    stamp = hashlib.sha256(str(states).encode()).hexdigest()[:16]
-    table = folder / f"{place}-{stamp}{ENDING}"
-    if not fault_of(table):
-        with contextlib.suppress(OSError):  # another user's
-            os.utime(table)
+    stamp = hashlib.sha256(f"{states}{also}".encode()).hexdigest()[:16]
+    return folder / f"{place}-{stamp}{ENDING}"
+
+
+def table_of(table: Path, files: list[str], read: Callable[[], Said], say: Callable[[str], None] | None) -> str:
+    """The table of an annotation file: kept, or made now. Call it on one process of a machine.
+
+    Args:
+        table: see `kept_at`; where it cannot be written to, a temporary folder takes its place.
+        files: the annotation file, and those that it lists.
+        read: reads them; images inside are in `images_of` the table then.
+        say: is given a line before it is read; None has it not read now.
+
+    Raises:
+        InputError: there is none, and it is not to be read now; what `read` raises; or it can be kept nowhere.
+    """
+    if _is_kept(table):
         return str(table)
     if say is None:
         raise InputError(f"{files[0]} has not been read yet.")
-    size = sum(size for size, _ in states) / 1e6
+    size = sum(_state(file)[0] for file in files) / 1e6
     say(f"reading {files[0]}, {size:.1f} MB{f' in {len(files)} files' * (len(files) > 1)}")
     said = read()
     if odd := [name for name in said.files if not _is_path(name)]:
         raise InputError(f"{files[0]} names an image {odd[0][:60]!r}, which no file can be called. Mend it there.")
-    for at in (table, Path(train.scratch.name) / table.name):
+    place = table.name.partition("-")[0]
+    for at in (table, Path(train.scratch.name) / table.name)[: 1 if said.inside else 2]:
         try:
             write_arrays(at, *_packed(said, files[0]))
         except OSError as error:
-            failure = error
+            reason = error.strerror or error
             continue
         remove_unused(at, f"{place}-*.table*")
+        for other in at.parent.glob(f"{place}-*.inside*"):
+            if other != images_of(at):
+                remove_unheld(other)
         return str(at)
-    raise failure
+    raise InputError(
+        f"What {files[0]} says cannot be kept in {table.parent}: {reason}. Name another place with --index-dir."
+    )
+
+
+def _is_kept(table: Path) -> bool:
+    """Whether a table is there, with all images that were in its files."""
+    if fault_of(table):
+        return False
+    with contextlib.suppress(OSError):  # another user's
+        os.utime(table)
+    kept = Table(str(table))
+    try:
+        return kept.images is None or len(os.listdir(kept.images)) == len(kept.arrays["shapes"])
+    except OSError:
+        return False
 
 
 def _state(file: str) -> tuple[int, int]:
@@ -189,6 +222,8 @@ def _packed(said: Said, file: str) -> tuple[dict[str, np.ndarray], dict[str, str
     return arrays, about | {
         "keypoint_names": json.dumps(said.keypoint_names),
         "faults": json.dumps(said.faults),
+        "numbered": "yes" * said.numbered,
+        "inside": "yes" * said.inside,
     }
 
 

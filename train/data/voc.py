@@ -85,6 +85,7 @@ def said_by_voc(listed: str, images: str) -> Said:
         boxes=np.array(boxes, np.float64).reshape(-1, 4),
         points=[],
         names={number: name for name, number in names.items()},
+        numbered=False,
         faults=faults,
     )
 

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import shutil
 import socket
 import uuid
 from collections.abc import Iterator
@@ -11,8 +12,9 @@ from pathlib import Path
 
 import train
 from train.config.errors import InputError
+from train.processes.holders import take
 
-DRAFT = ".draft"  # ending of a file that is being written
+DRAFT = ".draft"  # ending of a file or folder that is being written
 
 
 def draft_of(path: Path) -> Path:
@@ -31,6 +33,30 @@ def whole_file(path: Path) -> Iterator[Path]:
         os.replace(draft, path)
     finally:
         draft.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Give a temporary folder beside `path`, which is held; it becomes `path` when the block ends without error, unless
+    another process was faster, whose folder has files of the same names.
+    """
+    draft = draft_of(path)
+    draft.mkdir(parents=True)
+    held = take(draft)
+    try:
+        yield draft
+        os.sync()  # all files at once: one by one takes minutes
+        if path.is_dir() and sorted(os.listdir(path)) != sorted(os.listdir(draft)):  # some were removed
+            shutil.rmtree(path)
+        try:
+            os.rename(draft, path)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+        if held is not None:
+            os.close(held)
 
 
 def hold(folder: Path) -> bool:

@@ -1,4 +1,5 @@
-"""Files that several runs use at once: each holds a lock while it lives, and who finds no holder may remove one.
+"""Files, and folders, that several runs use at once: each holds a lock while it lives, and who finds no holder may
+remove one.
 
 The system lets a lock go with its process, whatever ends that. A disk without locks keeps nobody from removing.
 """
@@ -6,11 +7,12 @@ The system lets a lock go with its process, whatever ends that. A disk without l
 import contextlib
 import fcntl
 import os
+import shutil
 from pathlib import Path
 
 
 def take(file: Path) -> int | None:
-    """Hold a file, with others; the descriptor that holds it, or None where it is not there.
+    """Hold a file or folder, with others; the descriptor that holds it, or None where it is not there.
 
     A lock on a name could be one on a file that another run is just removing: that is noticed.
     """
@@ -18,12 +20,15 @@ def take(file: Path) -> int | None:
 
 
 def remove_unheld(file: Path) -> bool:
-    """Remove a file, unless a process holds it; whether it was removed by this call."""
+    """Remove a file or folder, unless a process holds it; whether it was removed by this call."""
     lock = _locked(file, fcntl.LOCK_EX)
     if lock is None:
         return False
     try:
-        file.unlink(missing_ok=True)
+        if file.is_dir():
+            shutil.rmtree(file)
+        else:
+            file.unlink(missing_ok=True)
         return True
     except OSError:  # another user's
         return False
