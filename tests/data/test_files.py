@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 from accelerate import Accelerator
 
@@ -89,3 +91,63 @@ def test_forms_that_ultralytics_takes(shapes: Path, tmp_path: Path):
     for fraction, images in ((0.25, 10), (7, 7), (1000, 40), (1e-9, 1)):
         assert len(to_train_on(data, TrainConfig(fraction=fraction), Accelerator(cpu=True))) == images
     assert find_data(str(tmp_path / "data.yaml"), single_cls=True).names == {0: "item"}
+
+
+def fill(folder: Path, names: dict[str, str]) -> None:
+    """Small images, and text files, at these places."""
+    for name, text in names.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        if name.endswith(".jpg"):
+            cv2.imwrite(str(folder / name), np.zeros((32, 64, 3), np.uint8))
+        else:
+            (folder / name).write_text(text)
+
+
+def test_an_export_of_roboflows_in_yolos_form_as_it_is_unzipped(tmp_path: Path):
+    fill(tmp_path, {
+        f"{split}/{kind}": "1 0.5 0.5 0.2 0.2\n"
+        for split in ("train", "valid", "test")
+        for kind in ("images/a_jpg.rf.0b1c.jpg", "labels/a_jpg.rf.0b1c.txt")
+    } | {"README.dataset.txt": "# animals\n", "README.roboflow.txt": "exported\n", "data.yaml": (
+        "train: ../train/images\nval: ../valid/images\ntest: ../test/images\n\nnc: 2\nnames: ['cat', 'dog']\n\n"
+        "roboflow:\n  workspace: w\n  project: animals\n  version: 1\n  license: CC BY 4.0\n  url: https://example.com\n"
+    )})  # fmt: skip
+    data = find_data(str(tmp_path))
+    for split, folder in (("train", "train"), ("val", "valid"), ("test", "test")):
+        assert data.images(split) == [str(tmp_path / folder / "images" / "a_jpg.rf.0b1c.jpg")]
+    assert [entry.cls.tolist() for entry in to_train_on(data, TrainConfig(), Accelerator(cpu=True))] == [[1]]
+
+
+@pytest.mark.parametrize("before", ["data/", ""])
+def test_exports_of_cvats_as_they_are_unzipped(before: str, tmp_path: Path):
+    ultralytics = {"data.yaml": "names:\n  0: cat\n  1: dog\npath: .\ntrain: train.txt\nval: valid.txt\n"}
+    darknet = {"obj.names": "cat\ndog\n", "obj.data": (
+        f"classes = 2\ntrain = {before}train.txt\nvalid = {before}valid.txt\nnames = {before}obj.names\n"
+        "backup = backup/\n"
+    )}  # fmt: skip
+    for files, images, labels in ((ultralytics, "images/{}", "labels/{}"), (darknet, "obj_{}_data", "obj_{}_data")):
+        for split in ("train", "valid"):
+            files |= {f"{split}.txt": "".join(f"{before}{images.format(split)}/{name}.jpg\n" for name in "ab")}
+            files |= {f"{images.format(split)}/{name}.jpg": "" for name in "ab"}
+            files |= {f"{labels.format(split)}/{name}.txt": "1 0.5 0.5 0.2 0.2\n" for name in "ab"}
+    fill(tmp_path / "ultralytics", ultralytics)
+    fill(tmp_path / "darknet", darknet)
+    accelerator = Accelerator(cpu=True)
+    for form, folder in (("ultralytics", "images/{}"), ("darknet", "obj_{}_data")):
+        data = find_data(str(tmp_path / form))
+        assert data.names == {0: "cat", 1: "dog"}
+        for split, name in (("train", "train"), ("val", "valid")):
+            place = tmp_path / form / folder.format(name)
+            assert data.images(split) == [str(place / "a.jpg"), str(place / "b.jpg")]
+        assert [entry.cls.tolist() for entry in to_train_on(data, TrainConfig(), accelerator)] == [[1], [1]]
+    for text, message in (
+        ("", r"obj\.names names 0 classes; it must be from 1 to 100000, one in a line"),
+        ("cat\n\ncat\n", r"obj\.names: the classes 0 and 1 are both named 'cat'"),
+        ("a\x1bb\n", r"obj\.names: class 0 is 'a\\x1bb', which holds"),
+    ):
+        (tmp_path / "darknet" / "obj.names").write_text(text)
+        with pytest.raises(InputError, match=message):
+            find_data(str(tmp_path / "darknet"))
+    (tmp_path / "darknet" / "obj.names").unlink()
+    with pytest.raises(InputError, match=r"obj\.names is no file; .*obj\.data must name a list of the class names"):
+        find_data(str(tmp_path / "darknet"))

@@ -14,6 +14,7 @@ from ultralytics.utils import ROOT
 from train.config.errors import InputError
 from train.config.objects import Carries, Objects
 from train.data.coco_json import said_by_coco
+from train.data.darknet import OBJ_DATA, read_obj_data
 from train.data.data_yaml import DataYaml, read_data_yaml
 from train.data.huggingface import parquet_below, parquet_files, parquet_splits, said_by_parquet
 from train.data.listing import DataFiles, as_list, located
@@ -122,12 +123,14 @@ def _of_folder(folder: Path) -> tuple[Path, DataYaml]:
         return exports[0], given
     if splits := parquet_splits(folder):
         return folder, replace(given, path=whole.path, splits=splits)
+    if not found and (folder / OBJ_DATA).is_file():
+        return folder / OBJ_DATA, read_obj_data(folder / OBJ_DATA)
     if not found:
         hint = f" {deeper} is such a folder; name that." if (deeper := parquet_below(folder)) else ""
         raise InputError(
             f"--data is {str(folder)!r}, a folder without a data YAML, which lists train, val and names, without "
-            f"train/{EXPORTED}, without VOC's Annotations and ImageSets/Main/train.txt, and without "
-            f"Hugging Face's data/train-00000-of-00001.parquet.{hint}"
+            f"train/{EXPORTED}, without VOC's Annotations and ImageSets/Main/train.txt, without Hugging "
+            f"Face's data/train-00000-of-00001.parquet, and without Darknet's {OBJ_DATA}.{hint}"
         )
     if len(found) > 1 and not exports:
         raise InputError(f"--data is {str(folder)!r}, a folder; name its data YAML, such as {found[0]}.")

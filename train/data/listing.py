@@ -127,14 +127,18 @@ def as_list(entries: Any) -> list:
 
 
 def _listed(line: str, beside: Path, root: Path) -> str:
-    """A line of a .txt list: `./` is the list's folder; else absolute, from the working directory or from the root."""
+    """A line of a .txt list: `./` is the list's folder; else absolute, from the working directory or from the root, or
+    from there without the `data/` before it that CVAT writes.
+    """
     if line.startswith("./"):
         return str(beside / line[2:])
     if os.path.isabs(line):
         return line
-    if os.path.exists(line) or not os.path.exists(root / line):
-        return os.path.abspath(line)
-    return str(root / line)
+    if not os.path.exists(line):
+        for name in (line, line.removeprefix("data/")):
+            if os.path.exists(root / name):
+                return str(root / name)
+    return os.path.abspath(line)
 
 
 def base_of(files: list[str], root: str) -> str:
