@@ -184,9 +184,17 @@ def measure_file(config: ValConfig, accelerator: Accelerator, report: Report, ah
         config = with_sigmas(config, task, data)
         _, truth = split_to_validate(data, config, carries, accelerator, report, ahead)
     else:
+        annotated = read_annotated(config, accelerator, carries)
+
+        def labelled() -> int:  # where no detection tells
+            assert annotated is not None
+            return len(annotated.beside[0]["keypoints"]) // 3 if annotated.beside else 17
+
+        if carries == "keypoints" and not keypoints:
+            keypoints = on_main(accelerator, labelled)
         objects = Objects(names={}, keypoints=(keypoints, 3) if keypoints else ())
         config = with_sigmas(config, task, objects)
-        truth = read_truth(None, objects, config, accelerator, read_annotated(config, accelerator, carries))
+        truth = read_truth(None, objects, config, accelerator, annotated)
     on_main(accelerator, lambda: check_predictions(config.predictions, found, truth))
     open_folder(report, config, task.name, accelerator)
     report.say(f"{number} detections of {config.predictions}")

@@ -8,14 +8,18 @@ import pytest
 from accelerate import Accelerator
 
 from tests.evaluation.test_coco import scene
+from tests.evaluation.test_masks_and_keypoints import scene as scene_beside
 from tests.labels import labels_of
 from train.config.errors import InputError
 from train.config.objects import Objects
-from train.config.options import EvalConfig
+from train.config.options import EvalConfig, ValConfig
 from train.data.formats import ImageLabels
 from train.evaluation.coco import coco_metrics
 from train.evaluation.cocofiles import check_predictions, read_annotated, read_predictions, read_truth
+from train.evaluation.detections import KINDS
 from train.evaluation.truth import Truth
+from train.reporting.report import Report
+from train.validate import measure_file
 
 
 def test_a_results_file_is_read_and_checked(tmp_path: Path):
@@ -42,6 +46,45 @@ def test_a_results_file_is_read_and_checked(tmp_path: Path):
             check_predictions(str(file), read_predictions(str(file)), truth)
     file.write_text("[]")
     assert read_predictions(str(file)).rows.shape == (0, 7)
+    assert read_predictions(str(file)).iou_types == ("bbox",)
+    file.write_text(json.dumps([content[0] | {"keypoints": []}]))
+    truth.sigmas = (0.1,) * 5
+    with pytest.raises(InputError, match="has 0 keypoints an object, the truth 5"):
+        check_predictions(str(file), read_predictions(str(file)), truth)
+
+
+@pytest.mark.parametrize(
+    ("kind", "before", "known"),
+    [
+        ("bbox", "", True),
+        ("segm", "mask/", True),
+        ("segm", "mask/", False),
+        ("keypoints", "pose/", True),
+        ("keypoints", "pose/", False),
+    ],
+)
+def test_a_results_file_without_an_entry_is_of_what_its_name_says(
+    kind: str, before: str, known: bool, tmp_path: Path, monkeypatch, capsys
+):
+    """As a run names what it leaves where nothing was found; also where the annotation file has no object."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("train.reporting.plots.draw_curves", lambda *_: None)  # they take long
+    truth = scene(5, 2)[0] if kind == "bbox" else scene_beside(kind, 0)[0]
+    content = truth.dataset() | ({} if known else {"annotations": []})
+    Path("truth.json").write_text(json.dumps(content))
+    name = KINDS[kind][2]
+    Path(name).write_text("[]")
+    config = ValConfig(predictions=name, annotations="truth.json", save_dir="out", hang_timeout=0)
+    config.check()
+    accelerator = Accelerator(cpu=True)
+    measure_file(config, accelerator, Report(accelerator, config), None)
+    metrics = json.loads(Path("out/metrics.json").read_text())
+    assert {key for key in metrics if key.endswith("AP")} == {f"{before}AP"}
+    assert metrics[f"{before}AP"] == (0 if known else -1)
+    assert Path("out", name).read_text() == "[]"
+    said = capsys.readouterr().out
+    assert f"0 detections of {name}" in said
+    assert "warning:" not in said
 
 
 def test_ground_truth_is_in_original_pixels():

@@ -16,11 +16,12 @@ from train.data.coco_json import UNREADABLE, json_fault, read_coco, read_json
 from train.data.labels import Labels
 from train.data.listing import DataFiles
 from train.data.runlengths import counts_of
-from train.evaluation.detections import Detections
+from train.evaluation.detections import KINDS, Detections
 from train.evaluation.truth import Marks, Truth
 from train.processes.collectives import on_main
 
 Configured = TypeVar("Configured", bound=EvalConfig)
+EMPTY = {KINDS["segm"][2]: "segmentation", KINDS["keypoints"][2]: "keypoints"}  # what entries would have, by file name
 
 
 def _span(ids: list[int]) -> str:
@@ -114,7 +115,8 @@ def own_truth(file: str, labels: Labels, names: dict[int, str], config: EvalConf
 
 
 def read_predictions(file: str) -> Detections:
-    """A COCO results file, by image id, in the file's order within an image. What its first entry has the others have.
+    """A COCO results file, by image id, in the file's order within an image. What its first entry has the others have;
+    of a file without an entry the name tells, as a run names its files, and else it is of boxes.
 
     Raises:
         InputError: it is not a results file.
@@ -125,7 +127,7 @@ def read_predictions(file: str) -> Detections:
         content = read_json(file)
         if not isinstance(content, list):
             raise KeyError("image_id")
-        first = content[0] if content else {"bbox": []}
+        first = content[0] if content else {EMPTY.get(Path(file).name, "bbox"): []}
         boxed = "bbox" in first
         nothing = [0.0] * 4
         rows = np.array(
@@ -137,7 +139,8 @@ def read_predictions(file: str) -> Detections:
             masks = [counts_of(content[i]["segmentation"]) for i in order]
             sizes = np.array([content[i]["segmentation"]["size"] for i in order], np.int64).reshape(-1, 2)
         if "keypoints" in first:
-            keypoints = np.array([content[i]["keypoints"] for i in order], np.float64).reshape(len(content), -1, 3)
+            each = len(first["keypoints"]) // 3
+            keypoints = np.array([content[i]["keypoints"] for i in order], np.float64).reshape(len(content), each, 3)
         if not boxed and masks is None and keypoints is None:
             raise KeyError("bbox")
     except UNREADABLE as error:

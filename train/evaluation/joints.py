@@ -43,4 +43,4 @@ def joint_errors(truth: Truth, detections: Detections) -> np.ndarray:
                 distance = np.linalg.norm(found.keypoints[i, :, :2] - theirs[:, :2], axis=1)
                 distance /= np.sqrt(max(annotations[best]["area"], 1.0))
                 errors.append(np.where(theirs[:, 2] > 0, distance, np.nan))
-    return np.array(errors).reshape(-1, detections.keypoints.shape[1])
+    return np.array(errors).reshape(len(errors), detections.keypoints.shape[1])
