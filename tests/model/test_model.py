@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 import pytest
@@ -6,9 +7,11 @@ from ultralytics.cfg import get_cfg
 from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils.nms import non_max_suppression
 
+from tests.conftest import ROOT
 from train.config.errors import InputError
 from train.config.objects import Objects
 from train.config.options import TrainConfig
+from train.config.task_options import PoseConfig, SegmentConfig
 from train.model import weights as weights_file
 from train.model.build import (
     build_model,
@@ -21,7 +24,7 @@ from train.model.build import (
 )
 from train.model.inference import detect, inference_copy
 from train.model.loss import end_of_epoch
-from train.model.tasks import TASKS, build_criterion
+from train.model.tasks import TASKS, build_criterion, with_sigmas
 from train.model.weights import as_checkpoint, fetch_weights, load_detector
 
 CPU = torch.device("cpu")
@@ -92,6 +95,60 @@ def test_head_rows_follow_the_class_names(tmp_path: Path):
     )
     heads = 2 * len(other.model[-1].cv3)  # weight and bias of the class convolutions, of another size
     assert origin == f"{total - heads} of {total} tensors from source.pt"
+
+
+CLASSES = r"(one2one_)?cv3\.\d\.2\.|proto\.semseg\.2\."  # last convolutions, whose rows are classes
+
+
+@pytest.mark.parametrize(
+    ("name", "objects", "other"),
+    [
+        ("tiny-seg", Objects(names=NAMES), ""),
+        ("tiny26-seg", Objects(names=NAMES), ""),
+        ("tiny-seg", Objects(names={0: "star", 1: "hexagon"}), CLASSES),
+        ("tiny26-seg", Objects(names={0: "star", 1: "hexagon"}), CLASSES),
+        ("tiny-pose", Objects(names=NAMES, keypoints=(4, 3)), ""),
+        ("tiny26-pose", Objects(names=NAMES, keypoints=(4, 3)), ""),
+        ("tiny-pose", Objects(names=NAMES, keypoints=(5, 2)), r"(one2one_)?cv4"),
+        ("tiny26-pose", Objects(names=NAMES, keypoints=(6, 3)), r"(one2one_)?cv4"),
+        ("tiny26-pose", Objects(names={0: "star"}, keypoints=(6, 3)), rf"{CLASSES}|(one2one_)?cv4"),
+    ],
+)
+def test_of_masks_and_keypoints_what_fits_is_taken(name: str, objects: Objects, other: str, tmp_path: Path):
+    kind = SegmentConfig if "seg" in name else PoseConfig
+    task, file = TASKS[kind.task], str(ROOT / "tests" / "fixtures" / f"{name}.yaml")
+
+    def built(model: str, source: str, about: Objects) -> tuple[DetectionModel, str]:
+        return build_model(with_sigmas(kind(model=model), task, about), source, about)
+
+    torch.manual_seed(0)
+    source, _ = built(file, file, Objects(names=NAMES, keypoints=(4, 3) if "pose" in name else ()))
+    torch.save(as_checkpoint(source, {}, 0, {}), tmp_path / "source.pt")
+    torch.manual_seed(1)
+    model, origin = built("source.pt", str(tmp_path / "source.pt"), objects)
+    given, mine = source.state_dict(), model.state_dict()
+    assert given.keys() == mine.keys()
+    fresh = [key for key in mine if mine[key].shape != given[key].shape]
+    assert all(torch.equal(mine[key], given[key]) for key in mine.keys() - {*fresh})
+    assert bool(fresh) == bool(other)
+    assert all(re.search(rf"\.({other})", key) for key in fresh)
+    assert origin == f"{len(mine) - len(fresh)} of {len(mine)} tensors from source.pt"
+    head = model.model[-1]
+    assert (head.nc, len(model.names)) == (len(objects.names), len(objects.names))
+    assert not objects.keypoints or [*head.kpt_shape] == [*objects.keypoints]
+
+
+def test_rows_of_masks_follow_the_class_names(tmp_path: Path):
+    names, file = {0: "triangle", 1: "hexagon", 2: "circle", 3: "star"}, str(ROOT / "tests/fixtures/tiny26-seg.yaml")
+    source, _ = build_model(SegmentConfig(model=file), file, Objects(names=NAMES))
+    torch.save(as_checkpoint(source, {}, 0, {}), tmp_path / "source.pt")
+    model, _ = build_model(SegmentConfig(), str(tmp_path / "source.pt"), Objects(names=names))
+    for mine, theirs in (
+        (model.model[-1].cv3[1][-1], source.model[-1].cv3[1][-1]),
+        (model.model[-1].one2one_cv3[0][-1], source.model[-1].one2one_cv3[0][-1]),
+        (model.model[-1].proto.semseg[-1], source.model[-1].proto.semseg[-1]),
+    ):
+        assert torch.equal(mine.weight[[0, 2]], theirs.weight[[2, 0]])
 
 
 def test_checkpoints_come_back_in_fp32_bit_for_bit(tmp_path: Path):
