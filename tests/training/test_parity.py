@@ -213,11 +213,17 @@ def test_a_state_of_two_processes_goes_on_on_one_and_on_four(trained, tmp_path: 
 
 
 FAMILIES = ("yolov5n", "yolov8n", "yolov9t", "yolov10n", "yolo11n", "yolo12n", "yolo26n")
+SMALL = tuple(str(ROOT / "tests" / "fixtures" / f"tiny26-{kind}") for kind in ("seg", "pose"))
+OTHERS = tuple(f"{family}-{kind}" for family in ("yolov8n", "yolo11n", "yolo26n") for kind in ("seg", "pose"))
 
 
-def test_a_rank_without_an_object_holds_up_nobody(tmp_path: Path):
+@pytest.mark.parametrize(
+    "names",
+    [pytest.param((*FAMILIES, *SMALL), id="boxes"), pytest.param(OTHERS, marks=pytest.mark.slow, id="others")],
+)
+def test_a_rank_without_an_object_holds_up_nobody(names: tuple[str, ...], tmp_path: Path):
     worker = ROOT / "tests" / "workers" / "background.py"
-    console = succeed(2, worker, *(f"{name}.yaml" for name in FAMILIES), cwd=tmp_path)
+    console = succeed(2, worker, *(f"{name}.yaml" for name in names), cwd=tmp_path)
     said = re.findall(r"(\S+)\.yaml: the same gradients, (\d+) of (\d+) parameters", console)
-    assert [name for name, _, _ in said] == list(FAMILIES)
+    assert [name for name, _, _ in said] == list(names)
     assert all(having == wanted for _, having, wanted in said)
