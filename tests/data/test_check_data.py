@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from tests.conftest import ROOT, launch
+from tests.data.test_huggingface import write_parquet
 from tests.data.test_voc import as_xml
 from train import check_data
 from train.check_data import Options
@@ -344,16 +345,55 @@ def test_a_data_set_in_vocs_form(tmp_path: Path, capsys: pytest.CaptureFixture[s
     (folder / "Annotations" / "0.xml").write_text(as_xml(outside, WIDE, HIGH))
     (folder / "Annotations" / "1.xml").write_text(as_xml(twice, WIDE, HIGH))
     (folder / "Annotations" / "2.xml").write_text("<annotation>")
+    (folder / "Annotations" / "3.xml").write_text(as_xml([*BOXES, BOXES[0]], WIDE, HIGH))
+    (folder / "Annotations" / "4.xml").write_text(as_xml([*BOXES, ("cat", [9, 9, 0, 5])], WIDE, HIGH))
     code, report = check(folder, tmp_path, capsys, fix=str(tmp_path / "mended"))
     assert code == 1
     assert {(kind, name) for kind, name, _ in kinds(report)} == {
         ("coordinate outside the image", "train.txt"),
         ("duplicate box", "1.jpg"),
+        ("duplicate box", "3.jpg"),
+        ("box of no size", "4.jpg"),
         ("labels that cannot be read", "train.txt"),
     }
     code, report = check(tmp_path / "mended", tmp_path, capsys)
     assert (code, report["findings"]) == (0, [])
     assert report["splits"]["train"]["boxes"] == 11  # of five images
+
+
+def test_a_data_set_in_hugging_faces_form(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    objects = [{"bbox": box, "category": k} for k, (_, box) in enumerate(BOXES)]
+    of_split = {
+        split: [
+            ({"bytes": cv2.imencode(".jpg", photo(seed))[1].tobytes(), "path": f"{seed}.jpg"}, objects)
+            for seed in seeds
+        ]
+        for split, seeds in (("train", range(6)), ("validation", range(10, 14)))
+    }  # fmt: skip
+
+    def written(folder: Path) -> Path:
+        for split, rows in of_split.items():
+            write_parquet(folder / "data" / f"{split}-00000-of-00001.parquet", rows, names=["cat", "dog"])
+        return folder
+
+    assert check(written(tmp_path / "data"), tmp_path, capsys)[1]["findings"] == []
+    rows = of_split["train"]
+    rows[0] = (rows[0][0], [*objects, {"bbox": [300.0, 200, 80, 90], "category": 0}])
+    rows[1] = (rows[1][0], [*objects, {"bbox": [32.0, 48, 64, 47.9], "category": 0}])
+    rows[2] = ({"bytes": rows[2][0]["bytes"][:3000], "path": "2.jpg"}, objects)
+    rows[3] = ({"bytes": rows[4][0]["bytes"], "path": "3.jpg"}, objects)
+    code, report = check(written(tmp_path / "worse"), tmp_path, capsys, fix=str(tmp_path / "mended"))
+    assert code == 1
+    assert {(kind, name) for kind, name, _ in kinds(report)} == {
+        ("coordinate outside the image", "train-00000-of-00001.parquet"),
+        ("duplicate box", "1.jpg"),
+        ("image that cannot be read", "2.jpg"),
+        ("duplicate image", "4.jpg"),
+    }
+    code, report = check(tmp_path / "mended", tmp_path, capsys)
+    assert (code, report["findings"]) == (0, [])
+    assert report["splits"]["train"] | {"images": 3, "boxes": 6} == report["splits"]["train"]
+    assert [*report["classes"]] == ["cat", "dog"]
 
 
 def test_a_split_that_is_not_there_leaves_the_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

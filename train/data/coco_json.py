@@ -10,6 +10,7 @@ from typing import Any
 import cv2
 import numpy as np
 from pycocotools import mask as coco_mask
+from pydantic_core import from_json
 from ultralytics.data.converter import merge_multi_segment
 
 from train.config.errors import InputError
@@ -28,8 +29,12 @@ UNREADABLE = (OSError, ValueError, KeyError, TypeError, IndexError, AttributeErr
 def read_json(file: str) -> Any:
     """The content of a JSON file; fails in one of the ways that are UNREADABLE."""
     check_regular(file)
+    text = Path(file).read_text(encoding="utf-8-sig")
     with no_collection():
-        return json.loads(Path(file).read_text(encoding="utf-8-sig"))
+        try:
+            return from_json(text)  # in half the time
+        except ValueError:  # Python's takes half characters, and says where what is wrong
+            return json.loads(text)
 
 
 def json_fault(error: BaseException, where: str) -> str:

@@ -103,12 +103,10 @@ class _Read:
             self.faults[row] = f"{where}: {error}"
             return
         for category, box in kept:
-            if min(box[2:]) > 0:
-                self.image.append(row)
-                self.category.append(
-                    category if isinstance(category, int) else self.found.setdefault(category, len(self.found))
-                )
-                self.boxes.append(box)
+            self.image.append(row)
+            number = category if isinstance(category, int) else self.found.setdefault(category, len(self.found))
+            self.category.append(number)
+            self.boxes.append(box)
 
     def _object(self, entry: dict[str, Any], number: int) -> tuple[int | str, list[float]]:
         """Category and box of an object; ValueError says what is wrong with it."""

@@ -10,6 +10,7 @@ from train.data.formats import label_text, read_label
 from train.data.index import Index
 from train.data.listing import DataFiles, label_file
 from train.data.scan import Counted, by_workers, spread
+from train.data.tables import Table
 
 try:
     import hotcoco
@@ -112,6 +113,7 @@ def of_labels(split: str, index: Index, data: DataFiles, counted: Counted) -> It
             yield Finding(_kind(what), split, source, "", what)
     if annotated:
         yield from of_annotations(split, data.annotations(split))
+        yield from () if data.annotations(split) else _of_left_out(split, index, Table(*data.tables[split]))
         return
     row = 0
     for block in spread(by_workers(_Files(index, data)), len(index), counted):
@@ -119,6 +121,16 @@ def of_labels(split: str, index: Index, data: DataFiles, counted: Counted) -> It
             for kind, where, what in told:
                 yield Finding(kind, split, label_file(index.file(row)), where, what)
             row += 1
+
+
+def _of_left_out(split: str, index: Index, table: Table) -> Iterator[Finding]:
+    """Objects of an annotation file that its table is without."""
+    for row, (sizeless, again) in table.left_out.items():
+        file = index.file(row)
+        if sizeless:
+            yield Finding("box of no size", split, file, "", f"{sizeless} of its boxes have no size, and are left out")
+        if again:
+            yield Finding("duplicate box", split, file, "", f"{again} of its boxes are another again, and count once")
 
 
 def of_annotations(split: str, file: str) -> Iterator[Finding]:

@@ -59,6 +59,8 @@ class Table:
         self.names = {int(id_): name for id_, name in json.loads(about["names"])}
         self.keypoint_names = tuple(json.loads(about["keypoint_names"]))
         self.faults = {int(row): fault for row, fault in json.loads(about["faults"]).items()}
+        # By image how many of its objects have no size, and how many are another again: they are not in the arrays
+        self.left_out = {int(row): numbers for row, numbers in json.loads(about["left_out"]).items()}
         self.classes = dict(classes)
 
     @property
@@ -204,7 +206,7 @@ def _is_path(name: str) -> bool:
 
 
 def _packed(said: Said, file: str) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    kept = _each_once(said)
+    kept, left_out = _each_once(said)
     points = [said.points[i] for i in kept] if said.points else []
     counts = np.bincount(said.image[kept], minlength=len(said.files))
     sizes = np.array([one.size for one in points], np.int64)
@@ -222,22 +224,31 @@ def _packed(said: Said, file: str) -> tuple[dict[str, np.ndarray], dict[str, str
     return arrays, about | {
         "keypoint_names": json.dumps(said.keypoint_names),
         "faults": json.dumps(said.faults),
+        "left_out": json.dumps(left_out),
         "numbered": "yes" * said.numbered,
         "inside": "yes" * said.inside,
     }
 
 
-def _each_once(said: Said) -> np.ndarray:
-    """Places of the objects without those of an image that are there twice, which count once, as in a label file."""
+def _each_once(said: Said) -> tuple[np.ndarray, dict[int, list[int]]]:
+    """Places of the objects that have a size, without those of an image that are there twice, which count once, as in a
+    label file; and by image how many have none, and how many are another again.
+    """
     kept: list[int] = []
+    left_out: dict[int, list[int]] = {}
+    sized: list[bool] = np.min(said.boxes.reshape(-1, 4)[:, 2:] > 0, axis=1, initial=True).tolist()
     ends = np.searchsorted(said.image, np.arange(len(said.files) + 1))
-    for first, end in pairwise(ends.tolist()):
+    for row, (first, end) in enumerate(pairwise(ends.tolist())):
         rows: dict[bytes, int] = {}
         for i in range(first, end):
-            points = said.points[i].tobytes() if said.points else b""
-            rows.setdefault(said.category[i].tobytes() + said.boxes[i].tobytes() + points, i)
+            if sized[i]:
+                points = said.points[i].tobytes() if said.points else b""
+                rows.setdefault(said.category[i].tobytes() + said.boxes[i].tobytes() + points, i)
         kept += rows.values()
-    return np.array(kept, np.int64)
+        if len(rows) < end - first:
+            there = sum(sized[first:end])
+            left_out[row] = [end - first - there, there - len(rows)]
+    return np.array(kept, np.int64), left_out
 
 
 def mirrored(names: Sequence[str]) -> tuple[int, ...]:

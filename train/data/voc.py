@@ -117,8 +117,7 @@ def _read(file: str) -> tuple[tuple[int, int], list[tuple[str, list[float]]]]:
         left, top, right, bottom = (_number(side or "", f"object {number}: bndbox") for side in sides)
         if right < left or bottom < top:
             raise ValueError(f"object {number} ends before it begins: {left:g}, {top:g} to {right:g}, {bottom:g}")
-        if right > left and bottom > top:
-            found.append((name, [left, top, right - left, bottom - top]))
+        found.append((name, [left, top, right - left, bottom - top]))
     return (shape[0], shape[1]), found
 
 
