@@ -352,7 +352,6 @@ def test_where_the_files_of_a_split_are(tmp_path: Path):
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_the_ap_of_a_training_is_pycocotools_on_the_same_numbers(tmp_path: Path):
     _, coco = write(tmp_path, "boxes")
     place = parquet_of(coco, tmp_path / "parquet", "lists")
