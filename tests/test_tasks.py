@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -115,18 +116,75 @@ def test_validate_takes_the_task_from_the_checkpoint(run: tuple[str, Path, str],
     assert "AP" not in alone  # there are no boxes in it
 
 
+def used(weights: Path, task: str, data: Path) -> None:
+    """Load a checkpoint into Ultralytics, predict, validate, export, and predict with what was exported."""
+    model, image = YOLO(weights), data.parent / "images" / "val" / "000000.jpg"
+    assert model.task == task
+    part = {"segment": "masks", "pose": "keypoints"}[task]
+    (found,) = model.predict(image, conf=0.0001, imgsz=64, verbose=False)
+    assert len(found.boxes) == len(getattr(found, part)) > 0
+    theirs = model.val(data=str(data), imgsz=64, plots=False, verbose=False, workers=0)
+    assert 0 <= (theirs.seg if task == "segment" else theirs.pose).map50 <= 1
+    exported = YOLO(model.export(format="torchscript", imgsz=64, verbose=False), task=task)
+    (found,) = exported.predict(image, conf=0.0001, imgsz=64, verbose=False)
+    assert len(found.boxes) == len(getattr(found, part)) > 0
+
+
+@pytest.mark.parametrize("name", ["best.pt", "last.pt"])
 def test_ultralytics_loads_predicts_validates_and_exports(
-    run: tuple[str, Path, str], drawn: dict[str, Path], tmp_path: Path, monkeypatch
+    run: tuple[str, Path, str], drawn: dict[str, Path], tmp_path: Path, monkeypatch, name: str
 ):
     task, folder, _ = run
     monkeypatch.chdir(tmp_path)
-    model = YOLO(folder / "weights" / "best.pt")
-    assert model.task == task
-    (found,) = model.predict(drawn[task].parent / "images" / "val" / "000000.jpg", conf=0.0001, imgsz=64, verbose=False)
-    assert len(found.boxes) == len(found.masks if task == "segment" else found.keypoints) > 0
-    theirs = model.val(data=str(drawn[task]), imgsz=64, plots=False, verbose=False, workers=0)
-    assert 0 <= (theirs.seg if task == "segment" else theirs.pose).map50 <= 1
-    assert Path(model.export(format="torchscript", imgsz=64, verbose=False)).is_file()
+    used(folder / "weights" / name, task, drawn[task])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["yolo11n", "yolo26n"])
+@pytest.mark.parametrize("task", ["segment", "pose"])
+def test_so_it_does_with_other_versions(task: str, family: str, drawn: dict[str, Path], tmp_path: Path, monkeypatch):
+    model = f"{family}-{'seg' if task == 'segment' else 'pose'}.yaml"
+    options = ["--data", drawn[task], "--model", model, *SMALL.split(), "--epochs", 1, "--lr0", 0.0001]
+    succeed(1, SCRIPTS[task], *options, "--fraction", 12, "--val-limit", 4, cwd=tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for name in ("best.pt", "last.pt"):
+        used(tmp_path / "runs" / task / "exp" / "weights" / name, task, drawn[task])
+
+
+def of_others(task: str, yaml: Path, folder: Path) -> Path:
+    """The YAML of the same images with two other classes, and of their keypoints without the last."""
+    shutil.copytree(yaml.parent, folder)
+    for file in (folder / "labels").rglob("*.txt"):
+        rows = [row.split() for row in file.read_text().splitlines()]
+        rows = [[str(min(int(row[0]), 1)), *(row[1:] if task == "segment" else row[1:14])] for row in rows]
+        file.write_text("".join(" ".join(row) + "\n" for row in rows))
+    about = "names: [round, pointed]\n" + ("kpt_shape: [3, 3]\n" if task == "pose" else "")
+    (folder / "others.yaml").write_text(f"path: {folder}\ntrain: images/train\nval: images/val\n{about}")
+    return folder / "others.yaml"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("other", [False, True])
+def test_a_training_begins_with_what_fits_of_a_checkpoint(
+    run: tuple[str, Path, str], drawn: dict[str, Path], tmp_path: Path, other: bool
+):
+    """Its rate is 0, so that it ends with what it has begun with."""
+    task, folder, _ = run
+    yaml = of_others(task, drawn[task], tmp_path / "others") if other else drawn[task]
+    options = ["--data", yaml, "--model", folder / "weights" / "best.pt", *SMALL.split(), "--epochs", 1, "--lr0", 0]
+    console = succeed(2, SCRIPTS[task], *options, cwd=tmp_path)
+    said = re.search(r"model      (\d+) of (\d+) tensors from \S+best\.pt; ", console)
+    assert said is not None, console
+    assert (int(said[1]) < int(said[2])) == other
+    given, _ = load_detector(str(folder / "weights" / "best.pt"))
+    ended, _ = load_detector(str(tmp_path / "runs" / task / "exp" / "weights" / "last.pt"), task=TASKS[task])
+    theirs = dict(given.named_parameters())
+    fits = [name for name, value in ended.named_parameters() if value.shape == theirs[name].shape]
+    assert (len(fits) < len(theirs)) == other
+    mine = dict(ended.named_parameters())
+    assert all(torch.allclose(mine[name], theirs[name], rtol=1e-5, atol=1e-7) for name in fits)
+    assert [*ended.names.values()] == (["round", "pointed"] if other else ["circle", "square", "triangle"])
+    assert task == "segment" or [*ended.model[-1].kpt_shape] == ([3, 3] if other else [4, 3])
 
 
 def test_what_is_of_another_task_names_the_right_script(
@@ -265,3 +323,54 @@ def test_two_machines_and_a_cache_change_no_bit(task: str, drawn: dict[str, Path
     runs = [contents(tmp_path / name / "runs" / task / "exp") for name in ("m0", "one", "cached")]
     assert differing(runs[0], runs[1]) == []
     assert differing(runs[1], runs[2]) == []
+
+
+# How a run ends and is compiled ---------------------------------------------------------------------------------------
+@pytest.mark.slow
+def test_the_time_is_limited_and_one_command_goes_on(drawn: dict[str, Path], tmp_path: Path):
+    options = ["--data", drawn["segment"], "--model", MODELS["segment"], *SMALL.split(), "--resume", "auto"]
+    done = launch(1, SEGMENT, *options, "--epochs", 500, "--time-limit", "15s", cwd=tmp_path)
+    assert done.returncode == 3, done.stderr
+    folder = tmp_path / "runs" / "segment" / "exp"
+    status, epoch = json.loads((folder / "status.json").read_text()), state_of(folder)["epoch"]
+    assert (status["state"], status["reason"]) == ("preempted", "the time is up (--time-limit)")
+    assert "resumed after" in succeed(1, SEGMENT, *options, "--epochs", epoch + 3, cwd=tmp_path)
+    rows = [*csv.DictReader((folder / "results.csv").open())]
+    assert [row["epoch"] for row in rows] == [str(number + 1) for number in range(epoch + 3)]
+    assert len({row["train/seg_loss"] for row in rows}) > 1
+
+
+@pytest.mark.slow
+def test_a_signal_lets_the_step_end(drawn: dict[str, Path], tmp_path: Path):
+    options = ["--data", drawn["pose"], "--model", MODELS["pose"], *SMALL.split(), "--epochs", 500]
+    process = subprocess.Popen(
+        [sys.executable, str(POSE), *map(str, options)], cwd=tmp_path, text=True, stdout=subprocess.PIPE,
+        env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
+    )  # fmt: skip
+    assert process.stdout is not None
+    next(line for line in process.stdout if line.startswith("epoch 2/500"))
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 3
+    folder = tmp_path / "runs" / "pose" / "exp"
+    status = json.loads((folder / "status.json").read_text())
+    assert (status["state"], status["reason"]) == ("preempted", "ended by SIGTERM")
+    console = succeed(1, POSE, "--resume", folder, "--epochs", status["epoch"] + 1, cwd=tmp_path)
+    assert "tiny-pose.yaml, resumed after " in console
+    assert json.loads((folder / "status.json").read_text())["state"] == "finished"
+
+
+@pytest.mark.slow
+def test_compiled_masks_are_learnt_as_they_are(drawn: dict[str, Path], tmp_path: Path):
+    learnt = []
+    for number, more in enumerate(([], ["--compile"])):
+        home, cache = tmp_path / str(number), tmp_path / f"cache{number}"
+        home.mkdir()
+        options = ["--data", drawn["segment"], "--model", MODELS["segment"], *SMALL.split(), "--epochs", 1, *more]
+        succeed(1, SEGMENT, *options, cwd=home, XDG_CACHE_HOME=str(cache))
+        assert any(cache.rglob("compiled/*")) == bool(more)
+        (row,) = csv.DictReader((home / "runs" / "segment" / "exp" / "results.csv").open())
+        learnt.append([float(row[f"train/{term}_loss"]) for term in ("box", "seg", "cls", "dfl")])
+    assert learnt[1] == pytest.approx(learnt[0], rel=1e-3)
+    best, _ = load_detector(str(home / "runs" / "segment" / "exp" / "weights" / "best.pt"))
+    assert "forward" not in vars(best)
