@@ -33,7 +33,7 @@ import torch
 from accelerate.state import AcceleratorState
 from ultralytics import YOLO
 
-from tests.conftest import DETECT, ROOT, TINY, VALIDATE
+from tests.conftest import DETECT, POSE, ROOT, SEGMENT, TINY, VALIDATE
 from tests.labels import to_train_on, to_validate_on
 from train.config.objects import Objects
 from train.config.options import TrainConfig
@@ -45,7 +45,7 @@ from train.evaluation.cocofiles import read_truth
 from train.evaluation.evaluate import evaluate
 from train.model.build import ModelEMA, build_model
 from train.model.inference import _fp32, detect, inference_copy
-from train.model.tasks import build_criterion
+from train.model.tasks import TASKS, build_criterion
 from train.processes.accelerator import resolved, start_processes
 from train.processes.stops import Stop
 from train.processes.watch import Watch
@@ -65,6 +65,8 @@ on_each_device_slowly = pytest.mark.parametrize("device", [pytest.param("cpu", m
 WORKERS = ROOT / "tests" / "workers"
 MODELS = {"cpu": str(TINY), "cuda": "yolov8n.yaml"}
 SIZES = {"cpu": 64, "cuda": 320}
+SPLITS = {"train": 40, "val": 21}
+SCRIPTS = {"detect": DETECT, "segment": SEGMENT, "pose": POSE}
 # Of the libraries, not of a run that is wrong
 KNOWN = ("ended by SIG", "slower than the median rank", "share")
 
@@ -72,7 +74,7 @@ KNOWN = ("ended by SIG", "slower than the median rank", "share")
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data set of 40 images to train on and 21 to validate on."""
-    return draw_shapes(tmp_path_factory.mktemp("data"), {"train": 40, "val": 21})
+    return draw_shapes(tmp_path_factory.mktemp("data"), SPLITS)
 
 
 def environment(device: str, **more: str) -> dict[str, str]:
@@ -105,13 +107,16 @@ class Trained:
 
 @cache
 def trained(device: str, model: str, precision: str, data: Path, home: Path) -> Trained:
-    """Two epochs of train/detect.py, once for each combination."""
-    cwd = home / f"{device}-{Path(model).stem}-{precision}"
+    """Two epochs of a training of the task that the model is named after, once for each combination."""
+    name = Path(model).stem
+    task = "segment" if "-seg" in name else "pose" if "-pose" in name else "detect"
+    cwd = home / f"{device}-{name}-{precision}"
     cwd.mkdir()
+    data = draw_shapes(data.parents[1], SPLITS, carries=TASKS[task].carries)
     options = f"--imgsz {SIZES[device]} --epochs 2 --batch 8 --nbs 8 --workers 2 --trackers none --no-plots"
     options += f" --optimizer AdamW --lr0 0.001 --mosaic 0 --mixed-precision {precision}"
-    console = run(device, DETECT, "--data", data, "--model", model, *options.split(), cwd=cwd)
-    return Trained(cwd / "runs" / "detect" / "exp", console)
+    console = run(device, SCRIPTS[task], "--data", data, "--model", model, *options.split(), cwd=cwd)
+    return Trained(cwd / "runs" / task / "exp", console)
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +127,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("device", "model", "precision"),
     [("cpu", str(TINY), "bf16")]
+    + [pytest.param("cpu", str(TINY).replace(".yaml", f"{kind}.yaml"), "bf16", marks=pytest.mark.slow)
+       for kind in ("-seg", "26-pose")]
+    + [pytest.param("cuda", f"{m}.yaml", "bf16", marks=CUDA.marks) for m in ("yolov8n-seg", "yolo26n-pose")]
     + [pytest.param("cuda", f"{m}.yaml", p, marks=CUDA.marks) for m in ("yolov8n", "yolo26n")
        for p in ("bf16", "fp16", "no")],
 )  # fmt: skip
@@ -304,20 +312,23 @@ def test_t4_boxes_are_decoded_in_true_fp32(device: str):
         assert torch.backends.cudnn.allow_tf32
 
 
+@pytest.mark.parametrize("kind", ["", "-seg"])
 @on_each_device_slowly
-def test_t5_validation_gives_the_same_bits(device: str, data: Path, home: Path):
+def test_t5_validation_gives_the_same_bits(device: str, kind: str, data: Path, home: Path):
     precision = "bf16"
-    done = trained(device, MODELS[device], precision, data, home)
+    done = trained(device, MODELS[device].replace(".yaml", f"{kind}.yaml"), precision, data, home)
+    places = [home / f"{device}{kind}{i}" for i in range(2)]
     consoles = [
-        run(device, VALIDATE, "--weights", done.folder, "--save-dir", home / f"{device}{i}", "--no-plots",
-            "--workers", 2 * i, cwd=home)
-        for i in range(2)
-    ]  # fmt: skip
+        run(device, VALIDATE, "--weights", done.folder, "--save-dir", place, "--no-plots", "--workers", 2 * i, cwd=home)
+        for i, place in enumerate(places)
+    ]
     assert all("precision  bf16" in console for console in consoles)
     logged = json.loads((done.folder / "metrics.json").read_text())
-    for i in range(2):
-        assert json.loads((home / f"{device}{i}" / "metrics.json").read_text()) == logged
-        assert digest(home / f"{device}{i}" / "predictions.json") == digest(done.folder / "predictions.json")
+    files = sorted(file.name for file in done.folder.glob("predictions*.json"))
+    assert len(files) == (2 if kind else 1)
+    for place in places:
+        assert json.loads((place / "metrics.json").read_text()) == logged
+        assert [digest(place / name) for name in files] == [digest(done.folder / name) for name in files]
 
 
 def digest(file: Path) -> str:
