@@ -14,8 +14,9 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import nn
 from ultralytics.utils.nms import non_max_suppression
-from ultralytics.utils.ops import crop_mask, process_mask_native, scale_boxes, scale_masks
+from ultralytics.utils.ops import crop_mask, scale_boxes, scale_masks
 
+from tests.bench.masks import compare, decoded, in_words, overlaps, proto_of, saved_by_ultralytics
 from tests.conftest import POSE, ROOT, SEGMENT, succeed
 from tests.labels import labels_of, to_validate_on
 from train.config.errors import InputError
@@ -24,21 +25,27 @@ from train.config.options import ValConfig
 from train.config.task_options import PoseConfig, SegmentConfig
 from train.data.files import find_data
 from train.data.formats import ImageLabels
+from train.data.loaders import val_loader
 from train.data.sets import ValSet
 from train.evaluation.coco import KEYPOINT_METRICS, METRICS, coco_metrics, diagnose, metric_names
 from train.evaluation.cocofiles import (
     as_truth,
     check_predictions,
     own_truth,
+    read_annotated,
     read_annotations,
     read_predictions,
+    read_truth,
 )
 from train.evaluation.detections import Detections
+from train.evaluation.evaluate import Evaluation, evaluate
 from train.evaluation.joints import joint_errors
 from train.evaluation.truth import Truth
 from train.model.build import build_model, set_end2end
 from train.model.inference import detect, in_original, inference_copy
-from train.model.tasks import TASKS
+from train.model.outputs import Letterbox
+from train.model.tasks import TASKS, with_sigmas
+from train.model.weights import load_detector
 from train.processes.accelerator import resolved
 
 RANKS, MORE = (1, 2), (3, 4)
@@ -173,6 +180,64 @@ def test_nothing_found_and_nothing_to_find(results: tuple[str, dict[int, Path]])
     assert json.loads((folders[2] / f"nothing.{KINDS[task]}.json").read_text()) == []
 
 
+# In this process ------------------------------------------------------------------------------------------------------
+LEFT: dict[str, dict[str, Any]] = {"two classes of three": {"classes": (0, 2)}, "all as one": {"single_cls": True}}
+
+
+def evaluated(task: str, best: Path, yaml: Path, options: dict[str, Any]) -> tuple[Evaluation, Truth]:
+    """A checkpoint on the classes that are left. Where that is one, the model's three become it by their mean."""
+    accelerator, carries = Accelerator(cpu=True), TASKS[task].carries
+    config = ValConfig(weights=str(best), data=str(yaml), imgsz=160, workers=0, max_det=60, **options)
+    data = find_data(config.data, config.single_cls, config.classes, carries)
+    config = with_sigmas(resolved(config, accelerator), TASKS[task], data)
+    annotated = read_annotated(config, accelerator, carries)
+    labels = to_validate_on(data, config, accelerator, carries)
+    truth = read_truth(labels, data, config, accelerator, annotated)
+    loader = val_loader(ValSet(labels, data, config, 32, judged=False), config, accelerator)
+    model, _ = load_detector(str(best))
+    if config.single_cls:
+        head = model.model[-1]
+        for layers in head.cv3:
+            known, layers[-1] = layers[-1], nn.Conv2d(layers[-1].in_channels, 1, 1)
+            for name, parameter in layers[-1].named_parameters():
+                parameter.data = getattr(known, name).data.mean(0, keepdim=True)
+        head.nc, head.no = 1, head.no - 2
+    model = inference_copy(model, accelerator.device, config.memory_format)
+    return evaluate(model, loader, truth, config, accelerator), truth
+
+
+@pytest.mark.parametrize("annotated", [False, True])
+@pytest.mark.parametrize("name", LEFT)
+def test_of_the_classes_that_are_left_the_numbers_are_pycocotools(results, drawn, name: str, annotated: bool):
+    """The truth is filtered here, out of the labels of all classes, or out of the annotation file."""
+    (task, folders), options = results, LEFT[name]
+    kind, home = KINDS[task], folders[1].parent
+    file = home / "coco.json" if annotated else folders[1] / "whole.truth.json"
+    best = home / "runs" / task / "exp" / "weights" / "best.pt"
+    found, truth = evaluated(task, best, drawn[task], options | ({"annotations": str(file)} if annotated else {}))
+    left = COCO()
+    left.dataset = json.loads(file.read_text())
+    if "classes" in options:
+        left.dataset["annotations"] = [a for a in left.dataset["annotations"] if a["category_id"] in (0, 2)]
+        assert found.per_class["square"]["boxes"] == 0 < found.per_class["circle"]["boxes"]
+    else:
+        left.dataset["annotations"] = [a | {"category_id": 0} for a in left.dataset["annotations"]]
+        left.dataset["categories"] = [{"id": 0, "name": "item"}]
+    left.createIndex()
+    assert found.boxes == len(left.dataset["annotations"])
+    for iou_type, before in (("bbox", ""), (kind, {"segm": "mask/", "keypoints": "pose/"}[kind])):
+        entries = found.detections.results(iou_type, truth.sizes_by_id(np.arange(len(truth))))
+        result = COCOeval(left, left.loadRes([one for one in entries if one["category_id"] != 1]), iou_type)
+        if iou_type == "keypoints":
+            result.params.kpt_oks_sigmas = np.full(4, 1 / 4)
+        result.evaluate()
+        result.accumulate()
+        result.summarize()
+        theirs = dict(zip(metric_names((1, 10, 100), (iou_type,)), result.stats, strict=False))
+        assert {key: found.metrics[key] for key in theirs} == theirs
+        assert theirs[f"{before}AP50"] > 0.01, "what is compared should have found something"
+
+
 # Scenes ---------------------------------------------------------------------------------------------------------------
 def scene(kind: str, seed: int) -> tuple[Truth, Detections]:
     """Truth with crowds and areas of its own, and detections that hit, miss, repeat and tie."""
@@ -263,13 +328,17 @@ def test_how_far_keypoints_are_off():
 
 
 # Masks and keypoints in the original image ----------------------------------------------------------------------------
-@pytest.mark.parametrize("kind", ["yolov8n-seg.yaml", "yolo26n-seg.yaml"])
-def test_masks_are_those_of_ultralytics_functions_on_one_image(kind: str, drawn: dict[str, Path], tmp_path: Path):
+@pytest.mark.parametrize(
+    ("kind", "end2end"), [("yolov8n-seg.yaml", False), ("yolo26n-seg.yaml", False), ("yolo26n-seg.yaml", True)]
+)
+def test_masks_are_those_of_ultralytics_functions_on_one_image(kind: str, end2end: bool, drawn: dict[str, Path]):
     """Bit for bit; and how they differ from those that its save_json would write, by size."""
     torch.manual_seed(0)
     accelerator = Accelerator(cpu=True)
     data = find_data(str(drawn["segment"]), carries="polygons")
     model, _ = build_model(SegmentConfig(model=kind), kind, Objects(names=data.names))
+    if "26" in kind:
+        set_end2end(model, end2end, kind)
     model = inference_copy(model, torch.device("cpu"), torch.contiguous_format)
     config = resolved(ValConfig(data=data.name, weights="x", imgsz=96, workers=0), accelerator)
     images = ValSet(to_validate_on(data, config, accelerator, "polygons"), data, config, 32, judged=False)
@@ -279,30 +348,32 @@ def test_masks_are_those_of_ultralytics_functions_on_one_image(kind: str, drawn:
             sample = images[i]
             raw = model(sample["img"][None].float() / 255)
             batch = {"img": sample["img"][None], "ori_shape": [sample["ori_shape"]], "ratio_pad": [sample["ratio_pad"]]}
-            branch = raw.get("one2many", raw)
+            assert ("one2one" in raw) == end2end
+            proto = proto_of(raw, model)[0]
             (one,) = detect(raw, model, 1e-5, 0.7, 30)
             one[:, 4] = 0.5
             raw_boxes, coefficients = one[:, :4].clone(), torch.randn(len(one), one.shape[1] - 6)
             one[:, 6:] = coefficients
             (boxes,), (masks,) = in_original([one], raw, model, batch)
-            padded, shape = tuple(sample["img"].shape[1:]), sample["ori_shape"]
-            logits = (coefficients @ branch["proto"][0].flatten(1)).view(1, -1, *branch["proto"].shape[2:])
-            logits = nn.functional.interpolate(logits, padded, mode="bilinear")
-            scaled = scale_boxes(padded, raw_boxes.clone(), shape, sample["ratio_pad"])
-            expected = crop_mask((scale_masks(logits, shape, sample["ratio_pad"])[0] > 0).byte(), scaled)
-            decoded = coco_mask.decode([{"size": [*shape], "counts": counts} for counts in masks])
-            assert np.array_equal(decoded.transpose(2, 0, 1), expected.numpy())
+            box = Letterbox(tuple(sample["img"].shape[1:]), sample["ori_shape"], sample["ratio_pad"])
+            logits = (coefficients @ proto.flatten(1)).view(1, -1, *proto.shape[1:])
+            logits = nn.functional.interpolate(logits, box.padded, mode="bilinear")
+            scaled = scale_boxes(box.padded, raw_boxes.clone(), box.shape, box.ratio_pad)
+            expected = crop_mask((scale_masks(logits, box.shape, box.ratio_pad)[0] > 0).byte(), scaled)
+            ours = decoded(masks, box.shape)
+            assert np.array_equal(ours, expected.numpy())
             assert torch.equal(boxes[:, :4], scaled)
-            native = process_mask_native(branch["proto"][0], coefficients, raw_boxes, padded)
-            theirs = (
-                scale_masks(native[None].float(), shape, sample["ratio_pad"])[0].byte().numpy()
-            )  # as save_json has it
-            for ours, other in zip(decoded.transpose(2, 0, 1), theirs, strict=True):
-                size = "small" if ours.sum() < 32**2 else "medium" if ours.sum() < 96**2 else "large"
-                if ours.any():
-                    shown.setdefault(size, []).append((ours & other).sum() / max((ours | other).sum(), 1))
-    print({size: f"{np.mean(ious):.3f} of {len(ious)}" for size, ious in shown.items()})
+            compare(ours, saved_by_ultralytics(proto, coefficients, raw_boxes, box), shown)
+    print(f"at random, {in_words(shown)}")
     assert shown
+
+
+def test_where_something_was_learnt_masks_are_nearly_those_of_save_json(folders: dict[str, dict[int, Path]], drawn):
+    """They differ at their outlines."""
+    best = folders["segment"][1].parent / "runs" / "segment" / "exp" / "weights" / "best.pt"
+    shown = overlaps(str(best), str(drawn["segment"]), 160, conf=0.05)
+    print(in_words(shown))
+    assert all(0.8 < np.mean(shown[size]) < 1 for size in ("small", "medium"))
 
 
 @pytest.mark.parametrize("task", ["segment", "pose"])

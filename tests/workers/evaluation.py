@@ -23,6 +23,7 @@ from train.data.scan import read_index
 from train.data.sets import ValSet
 from train.evaluation.cocofiles import read_annotated, read_truth
 from train.evaluation.evaluate import evaluate
+from train.model.build import set_end2end
 from train.model.inference import inference_copy
 from train.model.tasks import task_of, with_sigmas
 from train.model.weights import load_detector
@@ -49,6 +50,8 @@ def main(accelerator: Accelerator, weights: str, cases: list, folder: Path) -> N
         loader = list(val_loader(ValSet(labels, data, config, 32), config, accelerator))
         batches.append([name, *gather_object([len(loader)])])
         other = deepcopy(model)
+        if config.end2end is not None:
+            set_end2end(other, config.end2end, weights)
         if name == "weights" and rank == accelerator.num_processes - 1:
             next(other.parameters()).data[0] += 1e-7
         copy = inference_copy(other, accelerator.device, config.memory_format, losses=True)
