@@ -51,13 +51,15 @@ def test_the_gains_of_keypoints(model: str, drawn: dict[str, Path]):
         assert usual.get(f"{name}_loss", 1.0) > 0
 
 
-@pytest.mark.parametrize("model", ["tiny-seg", "tiny26-seg"])
-@pytest.mark.parametrize("overlap", ["--overlap-mask", "--no-overlap-mask"])
+@pytest.mark.parametrize(
+    ("model", "overlap"),
+    [("tiny-seg", "--overlap-mask"), ("tiny-seg", "--no-overlap-mask"), ("tiny26-seg", "--no-overlap-mask")],
+)
 def test_masks_are_as_many_times_smaller_as_is_said(model: str, overlap: str, drawn: dict[str, Path]):
     usual, _, expected = learnt(model, drawn, overlap)
     assert usual["masks"].shape[1:] == (SIZE // 4, SIZE // 4)
     objects = len(usual["cls"]) if overlap == "--no-overlap-mask" else IMAGES
-    for ratio in (1, 2, 8):
+    for ratio in (2, 8):
         batch, _, shown = learnt(model, drawn, overlap, "--mask-ratio", ratio)
         assert batch["masks"].shape == (objects, SIZE // ratio, SIZE // ratio)
         assert batch["sem_masks"].shape == (IMAGES, SIZE // ratio, SIZE // ratio)

@@ -64,11 +64,12 @@ def test_a_results_file_is_read_and_checked(tmp_path: Path):
     ],
 )
 def test_a_results_file_without_an_entry_is_of_what_its_name_says(
-    kind: str, before: str, known: bool, tmp_path: Path, monkeypatch, capsys
+    kind: str, before: str, known: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ):
     """As a run names what it leaves where nothing was found; also where the annotation file has no object."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("train.reporting.plots.draw_curves", lambda *_: None)  # they take long
+    for name in ("plots.draw_curves", "plots.ConfusionMatrix.plot"):  # they take long
+        monkeypatch.setattr(f"train.reporting.{name}", lambda *_, **__: None)
     truth = scene(5, 2)[0] if kind == "bbox" else scene_beside(kind, 0)[0]
     content = truth.dataset() | ({} if known else {"annotations": []})
     Path("truth.json").write_text(json.dumps(content))
