@@ -87,7 +87,7 @@ def test_an_index_that_is_not_checked_is_none_of_the_changed_file(tmp_path: Path
     content, _ = scene("voc", tmp_path)
     before = to_validate_on(find_data(str(tmp_path)), EvalConfig(), accelerator)
     named = [(NAMES[a["category_id"]], a["bbox"]) for a in content["annotations"][:5]]
-    text = as_xml([*named, (named[0][0], [1, 2, 30, 40])], WIDTH, HEIGHT)
+    text = as_xml([(named[0][0], [1, 2, 30, 40]), *named], WIDTH, HEIGHT)
     (tmp_path / "Annotations" / "0.xml").write_text(text)
     data = find_data(str(tmp_path))
     after = to_validate_on(data, EvalConfig(index_check="off"), accelerator)

@@ -44,7 +44,8 @@ def xml_files(listed: str) -> list[str]:
     except OSError as error:
         raise InputError(f"{listed} cannot be read: {error.strerror}.") from None
     names = sorted({line.split()[0] for line in lines if line.strip()})
-    return [os.path.join(Path(listed).parents[2], "Annotations", f"{name}.xml") for name in names]
+    folder = os.path.join(Path(listed).parents[2], "Annotations")
+    return [f"{folder}/{name}.xml" for name in names]
 
 
 def said_by_voc(listed: str, images: str) -> Said:
