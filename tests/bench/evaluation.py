@@ -230,6 +230,8 @@ def main() -> None:
         jobs = {"metric": job_metric, "gather": job_gather, "ultralytics": job_ultralytics}
         if name == "task-metric":
             from tests.bench.tasks import job_task_metric as found
+        elif name == "task-masks":
+            from tests.bench.tasks import job_task_masks as found
         else:
             found = jobs[name]
         result = found(*arguments)

@@ -51,7 +51,7 @@ def in_words(shown: dict[str, list[float]]) -> str:
 
 
 @torch.inference_mode()
-def overlaps(weights: str, data: str, imgsz: int, conf: float = 0.25, images: int = 64) -> dict[str, list[float]]:
+def overlaps(weights: str, data: str, imgsz: int, conf: float = 0.05, images: int = 64) -> dict[str, list[float]]:
     """IoU by size of the masks that a checkpoint finds on images of the split `val`, from a score on."""
     accelerator, files = Accelerator(cpu=True), find_data(data, carries="polygons")
     config = resolved(ValConfig(data=data, weights=weights, imgsz=imgsz, workers=0, val_limit=images), accelerator)

@@ -107,6 +107,13 @@ def job_task_metric(task: str, evaluator: str) -> dict[str, Any]:
     return {"seconds": time.perf_counter() - started, "bytes": memory.peak, "metrics": metrics}
 
 
+def job_task_masks(weights: str, data: str) -> dict[str, list[float]]:
+    """IoU by size of masks with those that Ultralytics' save_json writes."""
+    from tests.bench.masks import overlaps
+
+    return overlaps(weights, data, 320)
+
+
 # The run --------------------------------------------------------------------------------------------------------------
 def measure(task: str, data: str | None, images: int, rounds: int) -> None:
     """Measure everything and print Markdown tables."""
@@ -144,6 +151,10 @@ def measure(task: str, data: str | None, images: int, rounds: int) -> None:
         what = f"validation, {images:,} images at 320 px, {found:.0f} detections an image, fp32, one thread each"
         print(f"| {what} | `yolo {task} val save_json=True` {rates[2]} | {rates[0]} | {yolo / one:.2f}x |")
         print(f"| the same, 2 processes | 1 process {rates[0]} | {rates[1]} | {one / two:.2f}x |")
+        if task == "segment":
+            from tests.bench.masks import in_words
+
+            print(f"\n{in_words(job('task-masks', weights, shapes))}\n")
         if found < SOUGHT:
             sys.exit(f"{found:.0f} detections an image; a comparison needs {SOUGHT}")
     table = Table()

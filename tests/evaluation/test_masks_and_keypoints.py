@@ -371,7 +371,7 @@ def test_masks_are_those_of_ultralytics_functions_on_one_image(kind: str, end2en
 def test_where_something_was_learnt_masks_are_nearly_those_of_save_json(folders: dict[str, dict[int, Path]], drawn):
     """They differ at their outlines."""
     best = folders["segment"][1].parent / "runs" / "segment" / "exp" / "weights" / "best.pt"
-    shown = overlaps(str(best), str(drawn["segment"]), 160, conf=0.05)
+    shown = overlaps(str(best), str(drawn["segment"]), 160)
     print(in_words(shown))
     assert all(0.8 < np.mean(shown[size]) < 1 for size in ("small", "medium"))
 
