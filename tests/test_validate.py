@@ -148,6 +148,7 @@ def test_a_results_file_from_anywhere_needs_no_model(evaluated: dict[int, Path],
     assert (tmp_path / "a" / "predictions.json").read_bytes() == (folder / "predictions.json").read_bytes()
 
 
+@pytest.mark.slow
 def test_pictures_without_hotcoco(evaluated: dict[int, Path], tmp_path: Path):
     (tmp_path / "hotcoco.py").write_text("raise ImportError('not here')")
     folder = evaluated[1]

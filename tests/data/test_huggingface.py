@@ -309,6 +309,7 @@ huggingface._stem = half
 """
 
 
+@pytest.mark.slow
 def test_an_export_that_is_killed_and_two_at_once(tmp_path: Path):
     rows: list[Row] = [({"bytes": PNG, "path": f"{i}.png"}, [BOX]) for i in range(300)]
     write_parquet(tmp_path / "set" / "train.parquet", rows)
