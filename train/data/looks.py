@@ -147,7 +147,7 @@ def copies(looks: Sequence[Looks]) -> tuple[np.ndarray, np.ndarray]:
     Returns:
         for each image the first that it is a copy of, -1 where it is none; and whether the bytes are the same.
     """
-    digests = np.concatenate([one.bytes for one in looks])
+    digests, marks = (np.concatenate([getattr(one, name) for one in looks]) for name in ("bytes", "marks"))
     seen = digests.any(1)
     keys = np.ascontiguousarray(digests).view(f"V{digests.shape[1]}").ravel()
     _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
@@ -155,8 +155,8 @@ def copies(looks: Sequence[Looks]) -> tuple[np.ndarray, np.ndarray]:
     same = first[inverse]
     of = np.where(seen & (same < rows), same, -1)
     exact = of >= 0
-    decoded = np.flatnonzero(seen & ~exact & np.concatenate([one.marks for one in looks]).any(1))
-    near = _first_near(np.concatenate([one.marks for one in looks])[decoded])
+    decoded = np.flatnonzero(seen & ~exact & marks.any(1))
+    near = _first_near(marks[decoded])
     of[decoded[near >= 0]] = decoded[near[near >= 0]]
     return of, exact
 
