@@ -107,7 +107,9 @@ def main(options: Options) -> int:
         say(line)
     if data is not None:
         draw(data, indexes, config, folder)
-    if options.fix and data is not None:
+    if options.fix and data is None:
+        say(f"nothing is written to {options.fix}: no copy can be made of a data set that cannot be read at all")
+    elif options.fix and data is not None:
         for line in mend(data, indexes, looks, found, Path(options.fix)):
             say(line)
     say(f"took {time.perf_counter() - begun:.1f} s; pictures and all faults are in {folder}")

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -218,14 +219,19 @@ def test_a_validation_set_that_is_the_training_set_is_said_once(tmp_path: Path, 
 
 def test_images_are_looked_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     file = clean(tmp_path / "data")
-    _, first = check(file, tmp_path, capsys)
+    kept = str(tmp_path / "kept")
+    _, first = check(file, tmp_path, capsys, index_dir=kept)
     seen: list[str] = []
     monkeypatch.setattr(looks, "_look", lambda file, look=looks._look: (seen.append(file), look(file))[1])
-    _, second = check(file, tmp_path, capsys)
+    files = [*Path(kept).glob("*.looks*")]
+    for one in files:
+        os.utime(one, (1, 1))
+    _, second = check(file, tmp_path, capsys, index_dir=kept)
     assert seen == []
     assert first == second
+    assert min(one.stat().st_mtime for one in files) > 1  # used today
     cv2.imwrite(str(file.parent / "images" / "train" / "5.jpg"), photo(0))  # another picture
-    _, third = check(file, tmp_path, capsys)
+    _, third = check(file, tmp_path, capsys, index_dir=kept)
     assert len(seen) == 6
     assert kinds(third) == {("duplicate image", "5.jpg", "")}
 
@@ -413,8 +419,9 @@ def test_exit_codes(tmp_path: Path):
     assert done.stderr.startswith("error: --data is") or "no such file" in done.stderr
     assert "Traceback" not in done.stderr
     file.write_text(file.read_text().replace("names", "nc: 3\nnames"))
-    done = launch(1, script, file, "--json", cwd=tmp_path)
+    done = launch(1, script, file, "--json", "--fix", tmp_path / "mended", cwd=tmp_path)
     assert done.returncode == 1
+    assert f"nothing is written to {tmp_path}/mended" in done.stderr
     (one,) = json.loads(done.stdout)["findings"]
     assert (one["level"], one["kind"]) == ("error", "data set that cannot be used")
     assert "nc: 3" in one["what"]

@@ -1,8 +1,10 @@
 """What the image files of a data set are, and which are copies of others: looked at once, and kept beside the index."""
 
+import contextlib
 import hashlib
 import io
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -71,6 +73,8 @@ def look_at(index: Index, folder: Path, counted: Counted) -> Looks:
     """
     file = folder / f"{index.pictures}.looks{VERSION}"
     if not fault_of(file):
+        with contextlib.suppress(OSError):  # another user's
+            os.utime(file)  # it is in use
         return Looks(open_arrays(file)[0])
     read = [*spread(by_workers(_Blocks(index)), len(index), counted)]
     arrays = {name: np.concatenate([block[name] for block in read]) for name in read[0] if name != "told"}
