@@ -6,6 +6,9 @@ process of its own.
 """
 
 import argparse
+import contextlib
+import ctypes
+import gc
 import json
 import os
 import statistics
@@ -60,6 +63,9 @@ class Memory:
     """Highest resident memory of this process above where it started, in bytes, sampled every 2 ms."""
 
     def __enter__(self) -> "Memory":
+        gc.collect()
+        with contextlib.suppress(OSError, AttributeError):  # not glibc. What is free already would hide what is taken
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
         self.start, self.peak, self.running = self.now(), 0, True
         self.thread = threading.Thread(target=self.watch)
         self.thread.start()
@@ -80,14 +86,14 @@ class Memory:
 
 def job_metric(evaluator: str) -> dict[str, Any]:
     """From per-rank arrays to twelve numbers."""
+    from tests.truths import truth_of
     from train.evaluation.coco import coco_metrics
-    from train.evaluation.cocofiles import as_truth
     from train.evaluation.evaluate import as_detections
 
     content, shards = scene()
-    truth = as_truth(content)
+    truth = truth_of(content)
     categories = np.arange(CLASSES, dtype=np.float64)
-    coco_metrics(as_truth(content | {"annotations": []}), as_detections([], categories), evaluator)  # imports
+    coco_metrics(truth_of(content | {"annotations": []}), as_detections([], categories), evaluator)  # imports
     started = time.perf_counter()
     with Memory() as memory:
         metrics, _ = coco_metrics(truth, as_detections(shards, categories), evaluator)
@@ -98,19 +104,19 @@ def job_gather() -> dict[str, Any] | None:
     """Gather and metric on two processes."""
     import torch
 
+    from tests.truths import truth_of
     from train.evaluation.coco import coco_metrics
-    from train.evaluation.cocofiles import as_truth
     from train.evaluation.evaluate import as_detections
     from train.processes.accelerator import start_processes
     from train.processes.collectives import on_main
 
     accelerator, _ = start_processes("no", [])
     content, shards = scene()
-    truth = as_truth(content)
+    truth = truth_of(content)
     shard = shards[accelerator.process_index]
     del shards
     categories = np.arange(CLASSES, dtype=np.float64)
-    coco_metrics(as_truth(content | {"annotations": []}), as_detections([], categories))  # imports
+    coco_metrics(truth_of(content | {"annotations": []}), as_detections([], categories))  # imports
     seconds = []
     growth = 0
     for _ in range(3):

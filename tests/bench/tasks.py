@@ -40,7 +40,7 @@ def ellipse(rng: np.random.Generator) -> np.ndarray:
 
 def scene(task: str) -> tuple[Truth, list[dict[str, Any]]]:
     """Truth, and what two ranks hand over: of EACH detections an image a part hits, and scores tie."""
-    from train.evaluation.cocofiles import as_truth
+    from tests.truths import truth_of
 
     rng = np.random.default_rng(0)
     image, category = np.sort(rng.integers(0, IMAGES, TRUTHS)), rng.integers(0, CLASSES, TRUTHS)
@@ -82,7 +82,7 @@ def scene(task: str) -> tuple[Truth, list[dict[str, Any]]]:
         "categories": [{"id": k, "name": f"class {k}"} for k in range(CLASSES)],
         "annotations": annotations,
     }
-    return as_truth(content, sigmas=[0.05] * 17), shards
+    return truth_of(content, sigmas=[0.05] * 17), shards
 
 
 def _keypoints(outline: np.ndarray) -> np.ndarray:

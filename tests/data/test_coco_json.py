@@ -147,6 +147,12 @@ def one(**changes: Any) -> dict[str, Any]:
     return content | {key: [content[key][0] | value, *content[key][1:]] for key, value in changes.items()}
 
 
+def with_second(changes: dict[str, Any]) -> dict[str, Any]:
+    """A file with a second object, changed."""
+    content = one()
+    return content | {"annotations": [*content["annotations"], content["annotations"][0] | {"id": 2} | changes]}
+
+
 def test_classes_are_the_categories_in_the_order_of_their_ids_or_those_of_the_yaml(
     tmp_path: Path, accelerator: Accelerator
 ):
@@ -193,7 +199,13 @@ def test_a_broken_file_is_one_message(tmp_path: Path):
         ("[", r"a\.json is not a COCO annotation file that can be read: it is no JSON"),
         ({"images": []}, r"it has no 'annotations'"),
         (one(annotations={"image_id": 9}), r"annotation 1 is of image 9 and category 7, which the file does not list"),
-        (one(annotations={"bbox": [1, 2, 3]}), r"annotation 1 has the bbox \[1.0, 2.0, 3.0\], not four numbers"),
+        (one(annotations={"bbox": [1, 2, 3]}), r"entry 1 of `annotations` has the bbox \[1, 2, 3\], not four numbers"),
+        (one(annotations={"area": [1]}), r"entry 1 of `annotations` has the area \[1\], not a number"),
+        (one(annotations={"image_id": [5]}), r"entry 1 of `annotations` is not what COCO has there"),
+        (one(images={"width": 2.5, "height": "x"}), r"entry 1 of `images` is not what COCO has there"),
+        (with_second({"bbox": [1, 2, 3]}), r"entry 2 of `annotations` has the bbox \[1, 2, 3\], not four numbers"),
+        (with_second({"image_id": None}), r"entry 2 of `annotations` is not what COCO has there"),
+        (with_second({"category_id": 3}), r"annotation 2 is of image 5 and category 3, which the file does not list"),
         (one(images={"id": 4}), r"has an id twice among its images"),
         (one(images={"file_name": "a.png"}), r"lists the image a\.png twice"),
         (one(images={"file_name": "a\0b.png"}), r"names an image 'a\\x00b\.png', which no file can be called"),

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from tests.labels import labels_of
+from tests.truths import truth_of
 from train.config.errors import InputError
 from train.data.fingerprint import fingerprint
 from train.data.formats import ImageLabels
 from train.data.labels import Labels
-from train.evaluation.cocofiles import as_truth
 from train.evaluation.truth import Truth
 
 NAMES = {0: "a", 1: "b"}
@@ -53,15 +53,15 @@ def test_what_has_changed_is_named():
 def test_a_file_of_annotations_counts():
     train, val = entries("/data/images/train", 5), entries("/data/images/val", 3)
     content = Truth.of_labels(made(val), NAMES).dataset()
-    truth = as_truth(content)
+    truth = truth_of(content)
     assert fingerprint(made(train), made(val), Truth.of_labels(made(val), NAMES).own_numbers).keys() == {
         "train images", "val images"
     }  # fmt: skip
     before = fingerprint(made(train), made(val), truth.own_numbers)
     moved = copy.deepcopy(content)
     moved["annotations"][2]["bbox"][0] += 1
-    assert fingerprint(made(train), made(val), as_truth(content).own_numbers, before, "run")
-    now = as_truth(moved).own_numbers
+    assert fingerprint(made(train), made(val), truth_of(content).own_numbers, before, "run")
+    now = truth_of(moved).own_numbers
     refused("--annotations has 1 images of another .* first /data/images/val/1.jpg", train, val, now, before)
 
 

@@ -11,9 +11,9 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from tests.labels import labels_of
+from tests.truths import truth_of
 from train.data.formats import ImageLabels
 from train.evaluation.coco import coco_metrics, diagnose, metric_names
-from train.evaluation.cocofiles import as_truth
 from train.evaluation.detections import Detections
 from train.evaluation.evaluate import _check_ids, _mean_losses
 from train.evaluation.truth import Truth
@@ -61,7 +61,7 @@ def test_hotcoco_and_pycocotools_agree_bit_for_bit(seed: int):
     for annotation in content["annotations"]:  # as a COCO file has them
         annotation["iscrowd"] = int(rng.random() < 0.1)
         annotation["area"] *= float(rng.uniform(0.4, 1))
-    truth = as_truth(content)
+    truth = truth_of(content)
     ours = coco_metrics(truth, rows, "hotcoco")
     assert 0.05 < ours[0]["AP"] < 0.9
     same(ours, coco_metrics(truth, rows, "pycocotools"))
@@ -93,7 +93,7 @@ def test_no_detections_no_truth_and_a_class_that_never_occurs():
     truth, rows = scene(10, 2)
     truth.categories.append({"id": 2, "name": "never"})
     nothing = Detections(np.zeros((0, 7)))
-    empty = as_truth(truth.dataset() | {"annotations": []})
+    empty = truth_of(truth.dataset() | {"annotations": []})
     for evaluator in ("hotcoco", "pycocotools"):
         missed, _ = coco_metrics(truth, nothing, evaluator)
         assert (missed["AP"], missed["P"], missed["R"], missed["F1"]) == (0, 0, 0, 0)
@@ -194,7 +194,7 @@ def test_keypoints_that_coco_does_not_look_at_change_no_bit(boxed: bool):
             moved = corners + rng.normal(0, 8, 2) + rng.normal(0, 3, (4, 2))
             rows.append([image, *rng.uniform(20, 200, 4), round(rng.random(), 1), 1 if n % 2 else 7])
             points.append(np.c_[moved, rng.random(4)])
-    truth, keypoints = as_truth(content, sigmas=[0.05] * 4), np.array(points, np.float32)
+    truth, keypoints = truth_of(content, sigmas=[0.05] * 4), np.array(points, np.float32)
     found = Detections(np.array(rows), keypoints=keypoints, area_of_box=boxed)
     assert len(found.surest(20)) == 5 * 2 * 20
     assert np.array_equal(found.surest(30).rows, found.rows)

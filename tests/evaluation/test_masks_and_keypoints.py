@@ -19,6 +19,7 @@ from ultralytics.utils.ops import crop_mask, scale_boxes, scale_masks
 from tests.bench.masks import compare, decoded, in_words, overlaps, proto_of, saved_by_ultralytics
 from tests.conftest import POSE, ROOT, SEGMENT, succeed
 from tests.labels import labels_of, to_validate_on
+from tests.truths import truth_of
 from train.config.errors import InputError
 from train.config.objects import Objects
 from train.config.options import ValConfig
@@ -29,7 +30,6 @@ from train.data.loaders import val_loader
 from train.data.sets import ValSet
 from train.evaluation.coco import KEYPOINT_METRICS, METRICS, coco_metrics, diagnose, metric_names
 from train.evaluation.cocofiles import (
-    as_truth,
     check_predictions,
     own_truth,
     read_annotated,
@@ -277,7 +277,7 @@ def scene(kind: str, seed: int) -> tuple[Truth, Detections]:
                 masks.append(coco_mask.frPyObjects([moved.ravel().tolist()], height, width)[0]["counts"])
                 points.append(np.concatenate((moved, rng.random((5, 1))), 1))
     beside = {"masks": masks} if kind == "segm" else {"keypoints": np.array(points)}
-    return as_truth(content, sigmas=rng.uniform(0.03, 0.1, 5).tolist()), Detections(np.array(rows), **beside)
+    return truth_of(content, sigmas=rng.uniform(0.03, 0.1, 5).tolist()), Detections(np.array(rows), **beside)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -322,7 +322,7 @@ def test_how_far_keypoints_are_off():
     content["annotations"] = [one | {"beside": {"keypoints": [10, 10, 2, 20, 20, 1, 0, 0, 0], "num_keypoints": 2}}]
     rows = np.array([[1, 10, 10, 10, 10, 0.9, 0], [1, 10, 10, 10, 10, 0.8, 0]], float)
     found = Detections(rows, keypoints=np.array([[[13, 14, 1], [20, 20, 1], [3, 3, 1]]] * 2, float))
-    errors = joint_errors(as_truth(content, sigmas=(0.1,) * 3), found)
+    errors = joint_errors(truth_of(content, sigmas=(0.1,) * 3), found)
     assert errors.shape == (1, 3)  # the second detection has found nothing
     np.testing.assert_allclose(errors[0], [0.5, 0, np.nan])
 
@@ -401,7 +401,7 @@ def test_masks_of_another_size_than_their_images_are_refused(tmp_path: Path):
         "annotations": [{"id": 1, "image_id": 1, "category_id": 0, "bbox": [1, 1, 9, 9], "area": 9, "iscrowd": 0}],
     }
     content["annotations"][0]["beside"] = {"segmentation": [[1, 1, 9, 1, 9, 9]]}
-    truth = as_truth(content)
+    truth = truth_of(content)
     file = tmp_path / "found.json"
     for height, width in ((50, 40), (40, 50)):
         mask = {"size": [height, width], "counts": [100, 50, 1850]}

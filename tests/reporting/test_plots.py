@@ -13,10 +13,10 @@ from matplotlib.axes import Axes
 from pycocotools import mask as coco_mask
 from ultralytics.utils.plotting import colors
 
+from tests.truths import truth_of
 from train.config.options import TrainConfig
 from train.config.task_options import PoseConfig
 from train.evaluation.coco import METRICS
-from train.evaluation.cocofiles import as_truth
 from train.evaluation.detections import Detections
 from train.evaluation.evaluate import measure
 from train.evaluation.truth import Truth
@@ -129,7 +129,7 @@ def page(kind: str, folder: Path) -> np.ndarray:
     runs = [coco_mask.frPyObjects([outline.ravel().tolist()], 320, 320)[0]["counts"] for outline in outlines[1:]]
     points = np.stack([spots + np.array([shift, 0, 0]) for shift in (100, 200)])
     found = Detections(rows, masks=runs) if kind == "segm" else Detections(rows, keypoints=points)
-    plots.draw_page(found, as_truth(content, sigmas=(0.1,) * 5), [(0, "")], folder / "page.png")
+    plots.draw_page(found, truth_of(content, sigmas=(0.1,) * 5), [(0, "")], folder / "page.png")
     return cv2.imread(str(folder / "page.png"))
 
 
@@ -169,7 +169,7 @@ def test_how_far_keypoints_are_off_is_drawn_as_it_is(tmp_path: Path, monkeypatch
         rows.append([1, *box, 0.9 if i < 11 else 0.2, 0])
         points.append(own + np.array([[i if i < 11 else 90, 0, 0], [0, 3, 0], [50, 0, 0]]))
     content = {"images": [{"id": 1, "file_name": "gone.jpg", "height": 40, "width": 300}], "annotations": marks}
-    truth: Truth = as_truth(content | {"categories": [{"id": 0, "name": "a"}]}, sigmas=(0.1,) * 3)
+    truth: Truth = truth_of(content | {"categories": [{"id": 0, "name": "a"}]}, sigmas=(0.1,) * 3)
     truth.keypoint_names = ("nose", "ear", "tail")
     found = Detections(np.array(rows, float), keypoints=np.array(points))
     config, boxes, figures = PoseConfig(sigmas=(0.1,) * 3), [], []

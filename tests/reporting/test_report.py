@@ -8,10 +8,10 @@ import pytest
 from accelerate import Accelerator
 
 from tests.labels import labels_of
+from tests.truths import truth_of
 from train.config.errors import InputError
 from train.config.options import TrainConfig
 from train.data.formats import ImageLabels
-from train.evaluation.cocofiles import as_truth
 from train.evaluation.detections import Detections
 from train.evaluation.evaluate import Evaluation, measure
 from train.processes.cores import Usage, shared_cores
@@ -61,7 +61,7 @@ def test_results_are_on_disk_before_they_are_printed(report: Report, monkeypatch
         report.evaluation(measured(), TRUTH, TrainConfig(plots=False))
 
 
-TRUTH = as_truth({
+TRUTH = truth_of({
     "images": [{"id": 1, "file_name": "a.jpg", "width": 64, "height": 64}],
     "annotations": [{"id": 1, "image_id": 1, "category_id": 0, "bbox": [1, 1, 20, 20], "area": 400, "iscrowd": 0}],
     "categories": [{"id": 0, "name": "dog"}, {"id": 1, "name": "cat"}],

@@ -1,7 +1,9 @@
 """COCO's `segmentation` of an object: polygons, or a mask as run lengths down the columns of its image."""
 
+from itertools import chain
 from typing import Any
 
+import numpy as np
 from pycocotools import mask as coco_mask
 
 from train.data.formats import FAR
@@ -18,17 +20,20 @@ def encoded(segmentation: Any, height: int, width: int) -> dict[str, Any]:
 
 def are_polygons(segmentation: Any) -> bool:
     """Whether it is the polygons of an object, as COCO has them: x and y of three points or more each."""
-    return (
-        isinstance(segmentation, list)
-        and bool(segmentation)
-        and all(
-            isinstance(part, list)
-            and len(part) >= 6
-            and not len(part) % 2
-            and all(isinstance(value, int | float) and abs(value) < FAR for value in part)
-            for part in segmentation
-        )
-    )
+    return isinstance(segmentation, list) and bool(segmentation) and numbers_of(segmentation) is not None
+
+
+def numbers_of(polygons: list[Any]) -> np.ndarray | None:
+    """The coordinates of polygons, one after the other, in pixels; None where one is none."""
+    if {*map(type, polygons)} - {list} or any(len(polygon) < 6 or len(polygon) % 2 for polygon in polygons):
+        return None
+    if {*map(type, chain.from_iterable(polygons))} - {int, float, bool}:
+        return None
+    try:
+        numbers = np.fromiter(chain.from_iterable(polygons), np.float64, sum(map(len, polygons)))
+    except OverflowError:
+        return None
+    return numbers if (np.abs(numbers) < FAR).all() else None
 
 
 def is_mask(mask: Any, size: tuple[int, int]) -> bool:

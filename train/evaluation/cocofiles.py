@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from train.config.errors import InputError
 from train.config.objects import Carries, Objects
 from train.config.options import EvalConfig
-from train.data.coco_json import UNREADABLE, json_fault, read_coco, read_json
+from train.data.coco_json import UNREADABLE, CocoFile, json_fault, read_coco, read_json
 from train.data.labels import Labels
 from train.data.listing import DataFiles
 from train.data.runlengths import counts_of
@@ -33,29 +33,17 @@ def read_annotations(file: str, carries: Carries = "boxes") -> Truth:
     return as_truth(read_coco(file, carries, f"--annotations {file}"))
 
 
-def as_truth(content: dict[str, Any], sigmas: Sequence[float] = ()) -> Truth:
-    """A COCO annotation dict as arrays.
+def as_truth(said: CocoFile, sigmas: Sequence[float] = ()) -> Truth:
+    """The truth that annotations are.
 
     Args:
-        content: the dict; `beside` of an annotation is what it has beside its box.
+        said: what a file says of them.
         sigmas: OKS sigma of each keypoint.
     """
-    images, marks = content["images"], content["annotations"]
-    ids = np.array([image["id"] for image in images], np.int64)
-    place = {id_: i for i, id_ in enumerate(ids.tolist())}
-    image = np.array([place[a["image_id"]] for a in marks], np.int64)
-    order = np.argsort(image, kind="stable")  # within an image the order decides between boxes that fit as well
-    columns = (
-        np.array([a["category_id"] for a in marks], np.int64),
-        np.array([a["bbox"] for a in marks], np.float64).reshape(-1, 4),
-        np.array([a["area"] for a in marks], np.float64),
-        np.array([a["iscrowd"] for a in marks], np.int64),
-    )
-    sizes = np.array([(image["height"], image["width"]) for image in images], np.int64).reshape(-1, 2)
-    files = [image["file_name"] for image in images]
-    own = Marks(image[order], *(column[order] for column in columns))
-    beside = [one for i in order.tolist() if (one := marks[i].get("beside"))]
-    return Truth(ids, content["categories"], sizes, files.__getitem__, own=own, beside=beside, sigmas=sigmas)
+    order = np.argsort(said.image, kind="stable")  # within an image the order decides between boxes that fit as well
+    own = Marks(said.image[order], said.category[order], said.boxes[order], said.area[order], said.crowd[order])
+    beside = [said.beside[i] for i in order.tolist()] if said.beside else []
+    return Truth(said.ids, said.categories, said.sizes, said.files.__getitem__, own=own, beside=beside, sigmas=sigmas)
 
 
 def own_truth(file: str, labels: Labels, names: dict[int, str], config: EvalConfig, said: Truth) -> Truth:
