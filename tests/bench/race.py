@@ -6,7 +6,8 @@ Both train the same model on the same data (the built-in shapes without --data) 
 epochs, in turn (A B A B …), each in processes of its own, on the GPU where there is one. A ratio is of the two runs of
 one turn. The table has the median of the turns, the lowest and the highest; of five turns these two enclose the true
 median with a probability of 94 %, and a ratio whose range holds 1 is called equal. Memory is the proportional set of
-all processes of a run, at its highest. The JSON has the command lines, versions, threads and workers of both sides.
+all processes of a run, at its highest. The JSON has the command lines, versions, threads and workers of both sides;
+after a failure it has what came before.
 """
 
 import argparse
@@ -36,11 +37,13 @@ import yaml
 from tests.bench.data import job as data_job
 from tests.bench.data import linked, proportional, sources
 from tests.hashes import quick
+from train.processes.cores import core_count
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL, IMGSZ, BATCH = "yolov8n.yaml", 320, 16
 GPU = torch.cuda.is_available()
 SHORT, WHOLE = 4, 10  # epochs
+OUTSIDE = ("copy", "EMA", "measuring", "report")  # of a step: not forward, loss, backward, optimizer, all-reduce, data
 Until = Literal["first step", "end", "AP"]
 KEPT = Path(tempfile.gettempdir()) / f"bench-{os.getuid()}"  # settings, font and index, which later runs find
 
@@ -53,6 +56,9 @@ class Run:
     seconds: dict[str, float] = field(default_factory=dict)  # since the command: first step, first epoch, end
     epochs: list[float] = field(default_factory=list)  # seconds from a validation to the end of the next steps
     validations: list[float] = field(default_factory=list)  # seconds
+    saves: list[float] = field(default_factory=list)  # seconds that the training has waited for them in an epoch
+    outside: dict[str, float] = field(default_factory=dict)  # shares of a step by part, of the parts in OUTSIDE
+    uses: dict[str, int] = field(default_factory=dict)  # threads and workers of a process
     memory: int = 0  # bytes
     ap: float = 0.0
 
@@ -68,15 +74,29 @@ def job_ultralytics(arguments: dict[str, Any], wandb: bool) -> None:
     def say(*words: object) -> None:
         print("BENCH", *words, flush=True)
 
+    def begins(trainer: Any) -> None:
+        save = trainer.save_model
+
+        def saved() -> bool:
+            begun = time.perf_counter()
+            written = save()
+            say("saved", time.perf_counter() - begun)
+            return written
+
+        trainer.save_model = saved
+
     def stepped(trainer: Any) -> None:
         if not stopped:
             stopped["first"] = 1
+            say("threads", torch.get_num_threads())
+            say("workers", trainer.train_loader.num_workers)
             say("first")
 
     def validating(validator: Any) -> None:
         stopped["validation"] = time.perf_counter()
 
     model = YOLO(arguments.pop("model"))
+    model.add_callback("on_train_start", begins)
     model.add_callback("on_train_batch_end", stepped)
     model.add_callback("on_train_epoch_end", lambda _: say("trained"))
     model.add_callback("on_val_start", validating)
@@ -106,6 +126,10 @@ def ultralytics(
             elif what == "validated":
                 run.validations.append(float(value))
                 run.seconds["validated"] = stamp
+            elif what == "saved":
+                run.saves.append(float(value))
+            elif what:
+                run.uses[what] = int(value)
             if until == "first step" and "first" in run.seconds:
                 break
         if until == "AP":
@@ -142,6 +166,15 @@ def ours(
                 _trained(run, stamp)
             elif re.search(r" val  .*  AP ", line):
                 run.seconds["validated"] = stamp
+            elif said := re.match(r"processes .* (\d+) threads each", line):
+                (config,) = Path(folder).rglob("config.json")
+                workers = json.loads(config.read_text())["workers"]
+                run.uses = {"threads": int(said[1]), "workers": min(workers, core_count() // ranks)}
+            elif said := re.match(r"profile +(.*?) +([\d.]+) ms +([\d.]+)%", line):
+                if said[1] == "checkpoint":
+                    run.saves.append(float(said[2]) / 1000)
+                elif said[1] in OUTSIDE:
+                    run.outside[said[1]] = run.outside.get(said[1], float(said[3]) / 100)  # a step's parts come first
             elif line.startswith("validation took"):
                 run.validations.append(sum(map(float, re.findall(r"[a-z] ([\d.]+) \(", line))))
             if until == "first step" and "first" in run.seconds:
@@ -270,7 +303,7 @@ def whole(table: Table, name: str, made: list[list[Run]], images: tuple[int, int
 def main() -> None:
     """Run the parts that are asked for; print Markdown, write JSON and a plot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = ("same", "default", "bf16", "two", "compile", "start", "pipeline", "ap")
+    parts = ("same", "default", "bf16", "two", "compile", "start", "profile", "pipeline", "ap")
     parser.add_argument("--data", help="a data YAML with real images; without it the built-in shapes")
     parser.add_argument("--only", nargs="+", choices=parts, default=[*parts])
     parser.add_argument("--turns", type=int, default=5)
@@ -282,14 +315,36 @@ def main() -> None:
         job_ultralytics(**json.loads(given.job))
         return
     KEPT.mkdir(exist_ok=True)
+    table, runs = Table(), {}
+    try:
+        race(given, table, runs)
+    finally:  # a run that fails takes none with it that were measured before
+        keep(given, table, runs)
+
+
+def keep(given: argparse.Namespace, table: Table, runs: dict[str, Any]) -> None:
+    """Write the JSON and the picture."""
+    about = {name: version(name) for name in ("torch", "ultralytics", "accelerate", "opencv-python")}
+    about |= {"python": platform.python_version(), "cores": str(os.cpu_count())}
+    if given.json:
+        every = {what: [[vars(run) for run in side] for side in sides] for what, sides in runs.items()}
+        given.json.write_text(json.dumps({"about": about, "rows": table.rows, "runs": every}, indent=1))
+    if given.plot:
+        plot(table.rows, given.plot)
+
+
+def race(given: argparse.Namespace, table: Table, runs: dict[str, Any]) -> None:
+    """Run the parts that are asked for, a row after the other; what the rows are made of goes into `runs`."""
     from train.data.files import find_data
     from train.data.shapes import draw_shapes
 
     data = seen_by_both(str(given.data or draw_shapes(KEPT)))
     found = find_data(data)
     images = (len(found.images("train")), len(found.images("val")))
-    used, table, runs = set(given.only), Table(), {}
-    few = given.turns
+    used, few = set(given.only), given.turns
+    if GPU and torch.cuda.device_count() < 2 and "two" in used:
+        used.remove("two")
+        print("(one GPU: no row of two processes)", flush=True)
     short = {"data": data, "imgsz": IMGSZ, "batch": BATCH, "epochs": SHORT}
     long = short | {"epochs": WHOLE}
     fp32 = ("--mixed-precision", "no")
@@ -299,10 +354,11 @@ def main() -> None:
         whole(table, what, runs[what], images)
     if used & {"default", "bf16"}:
         what = "fp32, as each runs by default"
-        sides = [lambda: ultralytics(short, None, amp=GPU), lambda: ours(short, None, *fp32)]
+        sides = [lambda: ultralytics(short, None, amp=False), lambda: ours(short, None, *fp32)]
         sides.append(lambda: ours(short, None, "--mixed-precision", "bf16"))
+        sides += [lambda: ultralytics(short, None, amp=True)] * GPU  # which it has not on a CPU
         plain = turns(few, *sides)
-        runs[what], runs["bf16"] = plain[:2], [plain[0], plain[2]]
+        runs[what], runs["bf16"] = plain[:2], [plain[-1] if GPU else plain[0], plain[2]]
         whole(table, what, runs[what], images)
         theirs, mine = (rate(side, images[0]) for side in runs["bf16"])
         table.row("bf16 here, as each runs by default: training images/s", theirs, mine, "{:.1f}")
@@ -333,21 +389,32 @@ def main() -> None:
             )
             seconds = [[run.seconds["first"] for run in side] for side in runs[what]]
             table.row(f"command to first step, {what}", *seconds, "{:.2f} s", less=True)
+        imports = ("from ultralytics.models.yolo.detect import DetectionTrainer", "import train.detect")
+        table.row("import of the training script", *imported(few, *imports), "{:.2f} s", less=True)
+    if "profile" in used:
+        what = "fp32, one thread and worker each, --profile 20"
+        sides = [lambda: ultralytics(short, 1, amp=False), lambda: ours(short, 1, *fp32, "--profile", "20")]
+        runs[what] = turns(few, *sides)
+        saves = [[statistics.median(run.saves) for run in side] for side in runs[what]]
+        table.row("checkpoint: what an epoch waits for it", *saves, "{:.3f} s", less=True)
+        outside = statistics.median(sum(run.outside.values()) for run in runs[what][1])
+        print(f"| share of a step in {', '.join(OUTSIDE)} | | {outside:.1%} | | |", flush=True)
     if "pipeline" in used:
         pipeline(table, given.data, few)
     if "ap" in used:
         accuracy(table, runs, few)
-    about = {name: version(name) for name in ("torch", "ultralytics", "accelerate", "opencv-python")}
-    about |= {
-        "python": platform.python_version(),
-        "cores": str(os.cpu_count()),
-        "threads": str(torch.get_num_threads()),
-    }
-    if given.json:
-        every = {what: [[vars(run) for run in side] for side in sides] for what, sides in runs.items()}
-        given.json.write_text(json.dumps({"about": about, "rows": table.rows, "runs": every}, indent=1))
-    if given.plot:
-        plot(table.rows, given.plot)
+
+
+def imported(count: int, *statements: str) -> list[list[float]]:
+    """Seconds that a new Python needs for each of these, in turn."""
+    made: list[list[float]] = [[] for _ in statements]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "YOLO_CONFIG_DIR": str(KEPT)}
+    for _ in range(count):
+        for seconds, statement in zip(made, statements, strict=True):
+            begun = time.perf_counter()
+            subprocess.run([sys.executable, "-c", statement], env=environment, check=True, capture_output=True)
+            seconds.append(time.perf_counter() - begun)
+    return made
 
 
 def seen_by_both(data: str) -> str:
