@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from train.config.objects import Objects
 from train.config.options import TrainConfig
 from train.model.build import ModelEMA, build_model
 from train.model.tasks import build_criterion
-from train.processes.aside import Aside
 from train.processes.stops import Stop
 from train.training.engine import Progress
 from train.training.meter import Meter
@@ -35,7 +35,7 @@ def made(model: str, folder: Path) -> Saves:
     """A run that has taken a step."""
     config = TrainConfig(model=model, optimizer="AdamW")
     accelerator = Accelerator(cpu=True)
-    detector, _ = build_model(config, model, {i: f"class {i}" for i in range(80)}, 3)
+    detector, _ = build_model(config, model, Objects(names={i: f"class {i}" for i in range(80)}))
     ema = ModelEMA(detector)
     detector.criterion = build_criterion(detector)
     optimizer = build_optimizer(detector, Schedule(config, 1000, 80))
@@ -46,7 +46,7 @@ def made(model: str, folder: Path) -> Saves:
     meter = Meter(accelerator, detector)
     meter.add(dict.fromkeys(("box_loss", "cls_loss", "dfl_loss"), torch.ones(())), ["a.jpg"])
     meter.step(torch.ones(()))
-    return Saves(state, meter, config, {}, folder, Aside(at_once=False))
+    return Saves(state, meter, config, {}, folder)
 
 
 def seconds_of_saves(saves: Saves, **epoch: Any) -> str:
