@@ -123,18 +123,19 @@ def steps(run: Parts, number: int) -> float:
 def switches(data: Path, given: argparse.Namespace, number: int) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     options = {"model": given.model, "imgsz": given.imgsz, "batch": given.batch, "optimizer": "AdamW"}
-    with parts(device, data, "bf16", **options) as run:
-        cudnn = torch.backends.cudnn
-        for name in ("benchmark", "allow_tf32"):
-            before = getattr(cudnn, name)
+    for name, precision in (("benchmark", "bf16"), ("allow_tf32", "no")):
+        with parts(device, data, precision, **options) as run:
+            before = getattr(torch.backends.cudnn, name)
             for on in (False, True, False):
-                setattr(cudnn, name, on)
-                say(f"steps, cudnn.{name} {on}", number * given.batch, steps(run, number))
-            setattr(cudnn, name, before)
-        for on in (False, True, False):
+                setattr(torch.backends.cudnn, name, on)
+                say(f"steps, cudnn.{name} {on}, {precision}", number * given.batch, steps(run, number))
+            setattr(torch.backends.cudnn, name, before)
+    with parts(device, data, "bf16", **options) as run:
+        for fused in (None, True, None):  # None: torch's choice among the others; False would be one tensor at a time
+            run.state.optimizer.state.clear()  # a fused optimizer counts its steps on the device
             for group in run.state.optimizer.param_groups:
-                group["fused"] = on
-            say(f"steps, fused optimizer {on}", number * given.batch, steps(run, number))
+                group["fused"] = fused
+            say(f"steps, fused optimizer {bool(fused)}", number * given.batch, steps(run, number))
         files = find_data(str(data))
         labels = to_validate_on(files, run.config, run.accelerator)
         truth = read_truth(labels, files, run.config, run.accelerator)
