@@ -11,7 +11,7 @@ from torch import nn
 
 from tests.conftest import DETECT, TINY, launch
 from train.reporting.lines import profile_lines
-from train.training.profile import Profile
+from train.training.profile import PARTS, Profile
 
 OPTIONS = "--imgsz 64 --batch 8 --nbs 16 --warmup-epochs 0 --workers 1 --trackers none --no-plots"
 OF_A_STEP = ("data wait", "copy", "forward", "loss", "backward", "all-reduce", "optimizer", "EMA", "measuring")
@@ -41,11 +41,21 @@ def test_the_parts_of_steps_and_ends_add_up(tmp_path: Path, shapes: Path, ranks:
         assert sum(ms for ms, _ in parts.values()) == pytest.approx(2 * parts["all parts"][0], abs=1)
     traces = sorted((tmp_path / "runs" / "detect" / "exp" / "profile").iterdir())
     assert [trace.name for trace in traces] == [f"rank{rank}.json.gz" for rank in range(ranks)]
+    found: dict[str, float] = {}  # ms by part, by the profiler's own clock, of all ranks
     for trace in traces:
-        names = [event.get("name") for event in json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]]
+        events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+        names = [event.get("name") for event in events]
         assert names.count("EMA") == 4
         assert names.count("forward") >= 7  # micro-batches
         assert any(name.startswith("aten::") for name in names)
+        parts = [event for event in events if event.get("cat") == "user_annotation" and event["name"] in PARTS]
+        for event in parts:
+            found[event["name"]] = found.get(event["name"], 0) + event["dur"] / 1000
+        # From the first step to the last, with the end of the epoch that lies between, there is nothing but parts.
+        span = max(event["ts"] + event["dur"] for event in parts) - min(event["ts"] for event in parts)
+        assert sum(event["dur"] for event in parts) == pytest.approx(span, rel=0.05)
+    for part in ("forward", "loss", "optimizer", "EMA"):  # of steps alone
+        assert 4 * steps[part][0] == pytest.approx(found[part] / ranks, rel=0.05, abs=2)
 
 
 def test_a_run_that_is_too_short_says_so():

@@ -2,6 +2,7 @@
 
 The parts are laps of the host. While it looks, a rank waits for its device at the end of each part, so that a part has
 the time of its own work; what ranks wait for each other in a backward begins when the last gradient of a rank is there.
+Accelerate brings a batch to the device before it hands it over: that is in "data wait", "copy" is the way to floats.
 """
 
 import os
@@ -107,14 +108,16 @@ class Profile:
             stages: seconds of the validation's.
             ends: whether no step is to come.
         """
+        last = self.steps.count == self.wanted or ends
         if self.laps is self.ends:
             self.ends.count += 1
             for stage, seconds in stages.items():
                 part = f"validation: {stage}"
                 self.ends.seconds[part] = self.ends.seconds.get(part, 0.0) + seconds
                 self.ends.seconds["validation"] -= seconds
-            self._look_at(None)
-        if not self.wanted or not (ends or self.steps.count == self.wanted):
+            if last:  # else it ends where the next epoch begins
+                self._look_at(None)
+        if not self.wanted or not last:
             return None
         self._stop_trace()
         self.wanted = 0
@@ -128,6 +131,7 @@ class Profile:
         """Write this rank's trace of the steps."""
         folder.mkdir(parents=True, exist_ok=True)
         self.trace.export_chrome_trace(str(folder / f"rank{self.accelerator.process_index}.json.gz"))
+        self.trace = None  # it is large
 
     # Clocks -------------------------------------------------------------------------------------------------------
     def _look_at(self, laps: Laps | None) -> None:
