@@ -24,6 +24,19 @@ def test_long_silence_is_broken(monkeypatch):
     assert len(lines) == count
 
 
+def test_compiling_is_no_hang_and_no_measure_of_a_step():
+    one = Watch(0, 1, 600, print)
+    one.begin("compiling the model")
+    one.last_progress -= 900
+    assert not one.expected
+    one.at(0, 1, "forward of batch 1")
+    one.begin("", progress=True)
+    one.at(1, 1, "forward of batch 2")
+    one.close()
+    assert one.expected
+    assert one.slowest < 10
+
+
 def test_the_verdict_names_who_is_behind_or_silent(monkeypatch):
     monkeypatch.setattr(watch, "POSTED", 1.0)
     store = torch.distributed.HashStore()

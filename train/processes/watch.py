@@ -66,7 +66,8 @@ class Watch:
     def at(self, count: int, stage: int, words: str) -> None:
         """The rank has come to this stage of this batch or step."""
         now = time.monotonic()
-        self.slowest = max(self.slowest, now - self.last_progress)
+        if self.expected:
+            self.slowest = max(self.slowest, now - self.last_progress)
         self.last_progress, self.place = now, (self.place[0], count, stage, words)
 
     def end(self) -> None:

@@ -121,8 +121,10 @@ class TrainingReport(Report):
         self.epoch_number, self.where = epoch + 1, f"epoch {epoch + 1}/{schedule.config.epochs}"
         if self.results.writes:
             status.update(self.folder, epoch=epoch + 1)
-        self.watch.begin("compiling the model" if self.compiles else "waiting for the first batch", progress=True)
-        self.compiles = False
+        # What compiles takes as long as it takes, which is no hang.
+        self.watch.begin(
+            "compiling the model" if self.compiles else "waiting for the first batch", progress=not self.compiles
+        )
         self.console.open_bar(sum(end >= state.batches for end in schedule.step_ends(epoch)), self.where, "step")
 
     def training_batch(self, i: int, batch: dict[str, Any]) -> None:
@@ -153,6 +155,9 @@ class TrainingReport(Report):
         """
         self.aside.check()
         self.watch.silent = ""
+        if self.compiles:
+            self.compiles = False
+            self.watch.begin("", progress=True)
         self.console.advance()
         step, steps, window, lr = progress.step, progress.steps, progress.window, progress.lr
         if window is None:
