@@ -170,7 +170,7 @@ def main(config: TrainConfig) -> None:
 
     # What validation depends on is kept in the checkpoints, so that validate.py repeats it: the YAML's whole path, too.
     validated = replace(config, data=data.name, mixed_precision=config.val_precision or config.mixed_precision)
-    saves, stop = Saves(state, meter, given, images, weights, report.aside), Stop(accelerator)
+    saves, stop = Saves(state, meter, given, images, weights), Stop(accelerator)
     lost = LostImages(accelerator, positions, state.lost)
     best: tuple[int, Evaluation] | None = None
     while not is_last(state.epoch, state, schedule.config):

@@ -1,7 +1,7 @@
-"""What nobody needs to wait for: pictures, what W&B shows, files of a state. One thread of the main process does it.
+"""What nobody needs to wait for: pictures, what W&B shows, files of a state. Threads of the main process do it.
 
-It is given snapshots, which nothing changes any more and which lie in the host's memory: the thread touches no device
-and takes part in no collective. matplotlib and the trackers are used by one thread at a time.
+They are given snapshots, which nothing changes any more and which lie in the host's memory: they touch no device and
+take part in no collective. matplotlib and the trackers are used by one thread at a time; files have another.
 """
 
 import logging
@@ -13,7 +13,7 @@ from concurrent.futures import Future
 from typing import Any
 
 BOUND = 10.0  # seconds that an end waits for what is being written
-_started: list["Aside"] = []  # a process has one
+_started: list["Aside"] = []  # a process has one for its files, and one for pictures and trackers
 
 
 class Aside:

@@ -44,7 +44,6 @@ class Saves:
         config: as it was given.
         images: what the data set was when it was read, see `fingerprint`.
         folder: weights/ in the run's folder, the main process's.
-        aside: writes.
     """
 
     def __init__(
@@ -54,10 +53,9 @@ class Saves:
         config: TrainConfig,
         images: dict[str, Any],
         folder: Path,
-        aside: Aside,
     ):
         self.state, self.meter, self.config, self.images = state, meter, config, images
-        self.folder, self.aside = folder, aside
+        self.folder, self.aside = folder, Aside(at_once=config.workers == 0)  # its own: a tracker's network may be slow
         self.writing: Future | None = None  # what is being written; None on the other ranks
         self.under_way = self.of_best = False  # something is; it has the best epoch so far
         interval = config.save_interval
@@ -70,7 +68,11 @@ class Saves:
         """Whether the state is to be saved after this step: the same on all ranks. At an epoch's end it is anyway.
 
         Minutes are those of the main process, which all ranks know from what they have measured together.
+
+        Raises:
+            Exception: that writing the last save has raised, and should not have.
         """
+        self.aside.check()
         self.spent += progress.window.seconds[0] if progress.window else 0.0
         over = progress.global_step % self.every == 0 if self.every else self.spent >= self.seconds
         return over and progress.step < progress.steps
