@@ -1,6 +1,7 @@
 """What a run can do without does not end it; and what the lines say."""
 
 import logging
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from tests.truths import truth_of
 from train.config.errors import InputError
 from train.config.options import TrainConfig
 from train.data.formats import ImageLabels
+from train.evaluation.coco import silenced
 from train.evaluation.detections import Detections
 from train.evaluation.evaluate import Evaluation, measure
 from train.processes.cores import Usage, shared_cores
@@ -38,6 +40,17 @@ def test_what_cannot_be_written_is_one_warning(report: Report, capsys):
     said = capsys.readouterr().out
     assert said.count("warning: pictures could not be written (No space left on device); the run goes on") == 1
     assert said.count("warning: results.csv could not be written") == 1
+
+
+def test_what_a_thread_says_while_the_metric_is_silenced_is_seen(report: Report, capsys):
+    """As the watch does, and the thread that draws."""
+    with silenced():
+        print("a table of pycocotools")
+        thread = threading.Thread(target=report.say, args=("still validating, 31 s",))
+        thread.start()
+        thread.join()
+    print("the end")
+    assert capsys.readouterr().out == "still validating, 31 s\nthe end\n"
 
 
 def test_a_log_on_a_full_disk_is_one_warning():

@@ -1,7 +1,8 @@
 """COCO's metric: the twelve numbers (of keypoints ten), the curves behind them, and what goes wrong."""
 
 import contextlib
-import io
+import sys
+import threading
 import warnings
 from dataclasses import dataclass
 from functools import reduce
@@ -53,6 +54,24 @@ class Curves:
         return int(measured.mean(0).argmax()) if len(measured) else 0
 
 
+class _Others:
+    """The standard output without what this thread prints: others speak while it measures."""
+
+    def __init__(self) -> None:
+        self.out, self.thread = sys.stdout, threading.get_ident()
+
+    def write(self, text: str) -> int:
+        return len(text) if threading.get_ident() == self.thread else self.out.write(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.out, name)
+
+
+def silenced() -> contextlib.AbstractContextManager:
+    """What hotcoco and pycocotools print in here, on the main thread, is not seen; the caller decides what is shown."""
+    return contextlib.redirect_stdout(_Others())  # type: ignore[type-var]
+
+
 def metric_names(max_dets: tuple[int, int, int], iou_types: tuple[str, ...] = ("bbox",)) -> tuple[str, ...]:
     """The names of COCO's numbers by each of these, the AR named after the detections per image, and P, R and F1."""
     found: list[str] = []
@@ -80,8 +99,8 @@ def coco_metrics(
         iou_type: COCO's `bbox`, `segm` or `keypoints`.
     """
     counts = [KEYPOINT_DETS] if iou_type == "keypoints" else list(max_dets)
-    # Both print their table; the caller decides what is shown. And hotcoco warns of all that is not COCO's own.
-    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings(), no_collection():
+    # Both print their table, and hotcoco warns of all that is not COCO's own.
+    with silenced(), warnings.catch_warnings(), no_collection():
         warnings.filterwarnings("ignore", message="hotcoco")
         result = (_hotcoco if evaluator == "hotcoco" else _pycocotools)(truth, detections, counts, iou_type)
         result.accumulate()
@@ -227,7 +246,7 @@ def diagnose(truth: Truth, detections: Detections, confidence: float = 0.25) -> 
     """
     if hotcoco is None:
         return None
-    with contextlib.redirect_stdout(io.StringIO()):
+    with silenced():
         marks, images = truth.marks(), [truth.size_of(i) for i in range(len(truth))]
         places, masked = range(len(truth)), detections.masks is not None
         sizes = truth.sizes_by_id(np.array(places))
