@@ -355,6 +355,7 @@ def test_masks_are_those_of_ultralytics_functions_on_one_image(kind: str, end2en
             raw_boxes, coefficients = one[:, :4].clone(), torch.randn(len(one), one.shape[1] - 6)
             one[:, 6:] = coefficients
             (boxes,), (masks,) = in_original([one], raw, model, batch)
+            assert boxes.untyped_storage().nbytes() == boxes.nbytes  # the coefficients do not stay with them
             box = Letterbox(tuple(sample["img"].shape[1:]), sample["ori_shape"], sample["ratio_pad"])
             logits = (coefficients @ proto.flatten(1)).view(1, -1, *proto.shape[1:])
             logits = nn.functional.interpolate(logits, box.padded, mode="bilinear")

@@ -125,7 +125,7 @@ def in_original(
     boxes, extras = [], []
     for i, (one, shape, ratio_pad) in enumerate(zip(found, batch["ori_shape"], batch["ratio_pad"], strict=True)):
         scale_boxes(padded, one[:, :4], shape, ratio_pad)  # in place
-        boxes.append(one[:, :6])
+        boxes.append(one[:, :6].clone())  # alone: what else is in the row would stay on the device with it
         extras.append(extra(one, Letterbox(padded, shape, ratio_pad), head, branch, i))
     return boxes, extras
 
