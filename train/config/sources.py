@@ -35,8 +35,9 @@ OF_A_MACHINE = frozenset({
     "index_dir", "index_check", "cache", "cache_limit", "progress", "log_level", "hang_timeout", "trust_checkpoint",
     *(field.name for field in fields(Wandb)), "wandb_entity",
 })  # fmt: skip
-# What may change when a run is gone on with: its length, and what moves no number or only what validation costs. The
-# data set may have moved; what is in it is compared with what the run has been trained on.
+# What may change when a run is gone on with: its length, and what belongs to the machine or only to what validation
+# costs (precision, --compile and --compress-gradients round otherwise). The data set may have moved; what is in it is
+# compared with what the run has been trained on.
 MAY_CHANGE = frozenset({
     "epochs", "workers", "save_interval", "save_period", "time_limit", "plots", "profile", "trackers",
     "mixed_precision", "val_precision", "channels_last", "val_interval", "val_batch", "coco_eval", "project", "name",
