@@ -224,12 +224,14 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--task", choices=("detect", "segment", "pose"), default="detect")
+    parts = ("metric", "validation", "training")
+    parser.add_argument("--only", nargs="+", choices=parts, default=[*parts], help="of another task than detect")
     parser.add_argument("--job", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.task != "detect":
         from tests.bench.tasks import measure
 
-        measure(options.task, options.data, options.images, options.rounds)
+        measure(options.task, options.data, options.images, options.rounds, options.only)
         return
     if options.job:
         name, *arguments = options.job

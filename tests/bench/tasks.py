@@ -115,8 +115,20 @@ def job_task_masks(weights: str, data: str) -> dict[str, list[float]]:
 
 
 # The run --------------------------------------------------------------------------------------------------------------
-def measure(task: str, data: str | None, images: int, rounds: int) -> None:
-    """Measure everything and print Markdown tables."""
+def measure(task: str, data: str | None, images: int, rounds: int, only: list[str]) -> None:
+    """Measure these parts and print Markdown tables."""
+    KEPT.mkdir(exist_ok=True)
+    shapes = str(draw_shapes(KEPT, carries=TASKS[task].carries))
+    if "metric" in only:
+        measure_metric(task)
+    if "validation" in only and data:
+        measure_validation(task, data, shapes, images, rounds)
+    if "training" in only:
+        measure_training(task, shapes, rounds)
+
+
+def measure_metric(task: str) -> None:
+    """The rows of the metric alone."""
     mine = [job("task-metric", task, "hotcoco") for _ in range(3)]
     theirs = job("task-metric", task, "pycocotools")
     assert mine[0]["metrics"] == theirs["metrics"], "the evaluators disagree"
@@ -124,15 +136,15 @@ def measure(task: str, data: str | None, images: int, rounds: int) -> None:
     what = f"{TASKS[task].iou_types[1]}, {IMAGES:,} images of {EACH} detections, {TRUTHS:,} truths"
     print("| | compared with | here | ratio |\n| --- | --- | --- | --- |")
     times = theirs["seconds"] / seconds
-    print(f"| {what} | pycocotools {theirs['seconds']:.1f} s | {seconds:.2f} s | {times:.0f}x faster |")
+    print(f"| {what} | pycocotools {theirs['seconds']:.1f} s | {seconds:.2f} s | {times:.0f}x faster |", flush=True)
     part = memory / theirs["bytes"]
     print(
         f"| its peak memory | pycocotools {theirs['bytes'] / 1e6:.0f} MB | {memory / 1e6:.0f} MB | {part:.2f} of it |"
     )
-    if not data:
-        return
-    KEPT.mkdir(exist_ok=True)
-    shapes = str(draw_shapes(KEPT, carries=TASKS[task].carries))
+
+
+def measure_validation(task: str, data: str, shapes: str, images: int, rounds: int) -> None:
+    """The rows of whole validations."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         weights = trained(task, shapes, folder)
@@ -149,14 +161,18 @@ def measure(task: str, data: str | None, images: int, rounds: int) -> None:
         one, two, yolo = (statistics.median(values) for values in kinds.values())
         rates = [f"{images / value:.1f} images/s" for value in (one, two, yolo)]
         what = f"validation, {images:,} images at 320 px, {found:.0f} detections an image, fp32, one thread each"
-        print(f"| {what} | `yolo {task} val save_json=True` {rates[2]} | {rates[0]} | {yolo / one:.2f}x |")
-        print(f"| the same, 2 processes | 1 process {rates[0]} | {rates[1]} | {one / two:.2f}x |")
+        print(f"| {what} | `yolo {task} val save_json=True` {rates[2]} | {rates[0]} | {yolo / one:.2f}x |", flush=True)
+        print(f"| the same, 2 processes | 1 process {rates[0]} | {rates[1]} | {one / two:.2f}x |", flush=True)
         if task == "segment":
             from tests.bench.masks import in_words
 
             print(f"\n{in_words(job('task-masks', weights, shapes))}\n")
         if found < SOUGHT:
             sys.exit(f"{found:.0f} detections an image; a comparison needs {SOUGHT}")
+
+
+def measure_training(task: str, shapes: str, rounds: int) -> None:
+    """The row of training."""
     table = Table()
     recipe = {"data": shapes, "model": MODELS[task], "imgsz": 320, "batch": 16, "epochs": 3}
     made = turns(
