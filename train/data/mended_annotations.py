@@ -39,25 +39,27 @@ def write_coco(
     for name in kept:
         copy_image(str(folder / name), draft, draft / entries["images"] / name)
     content["images"] = [i for i in content["images"] if os.path.normpath(i["file_name"]) in kept]
-    sizes = {i["id"]: (i["width"], i["height"]) for i in content["images"]}
-    categories = {c["id"] for c in content["categories"]}
-    by_image: dict[Any, list[dict[str, Any]]] = defaultdict(list)
+    # Ids are whole numbers to the reader, "0" like 0, and so they are here.
+    sizes = {int(i["id"]): (int(i["width"]), int(i["height"])) for i in content["images"]}
+    categories = {int(c["id"]) for c in content["categories"]}
+    by_image: dict[int, list[dict[str, Any]]] = defaultdict(list)
     seen: set[Any] = set()
     for one in content["annotations"]:
-        if one["image_id"] in sizes and one["category_id"] in categories and one.get("id") not in seen:
+        image = int(one["image_id"])
+        if image in sizes and int(one["category_id"]) in categories and one.get("id") not in seen:
             seen |= {one["id"]} if "id" in one else set()
             x, y, w, h = one["bbox"]
-            width, height = sizes[one["image_id"]]
+            width, height = sizes[image]
             left, top, right, bottom = max(x, 0), max(y, 0), min(x + w, width), min(y + h, height)
             if min(w, h) <= 0 or right <= left or bottom <= top:
                 continue
             if (left, top, right, bottom) != (x, y, x + w, y + h):
                 one["bbox"] = [left, top, right - left, bottom - top]
-            by_image[one["image_id"]].append(one)
+            by_image[image].append(one)
     annotations: list[dict[str, Any]] = []
     for some in by_image.values():
         plain = [one for one in some if not one.get("iscrowd")]
-        gone = lying_on_earlier(np.array([one["bbox"] for one in plain]), [one["category_id"] for one in plain])
+        gone = lying_on_earlier(np.array([one["bbox"] for one in plain]), [int(one["category_id"]) for one in plain])
         without = {id(plain[i]) for i in gone}
         annotations += [one for one in some if id(one) not in without]
     content["annotations"] = annotations

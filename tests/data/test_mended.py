@@ -1,0 +1,34 @@
+"""What a cleaned copy keeps, and how it keeps it: everything that is trained on, and all that is said beside it."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.data.test_check_data import check, coco_of
+from train import check_data
+
+
+@pytest.fixture(autouse=True)
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures take most of the time."""
+    monkeypatch.setattr(check_data, "draw", lambda *_: None)
+
+
+def mended_coco(tmp_path: Path, capsys: pytest.CaptureFixture[str], **changes: object) -> tuple[dict, dict]:
+    """What is in the cleaned copy's file, and the report on the copy; `changes` are of the first annotations."""
+    folder = coco_of(tmp_path / "data")
+    file = folder / "train" / "_annotations.coco.json"
+    content = json.loads(file.read_text())
+    for kind, entries in changes.items():
+        for i, entry in enumerate(entries):
+            content[kind][i] |= entry
+    file.write_text(json.dumps(content))
+    check(folder, tmp_path, capsys, fix=str(tmp_path / "mended"))
+    copy = json.loads((tmp_path / "mended" / "train" / file.name).read_text())
+    return copy, check(tmp_path / "mended", tmp_path, capsys)[1]
+
+
+def test_ids_are_alike_that_the_reader_takes_for_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    copy, report = mended_coco(tmp_path, capsys, images=[{"id": "0"}], categories=[{"id": "1"}])
+    assert report["splits"]["train"]["boxes"] == len(copy["annotations"]) == 12
