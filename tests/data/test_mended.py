@@ -2,11 +2,14 @@
 
 import json
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
-from tests.data.test_check_data import check, coco_of
+from tests.data.test_check_data import BOXES, HIGH, WIDE, check, coco_of
+from tests.data.test_voc import as_xml
 from train import check_data
+from train.data.mended_annotations import _mend_xml
 
 
 @pytest.fixture(autouse=True)
@@ -32,3 +35,11 @@ def mended_coco(tmp_path: Path, capsys: pytest.CaptureFixture[str], **changes: o
 def test_ids_are_alike_that_the_reader_takes_for_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     copy, report = mended_coco(tmp_path, capsys, images=[{"id": "0"}], categories=[{"id": "1"}])
     assert report["splits"]["train"]["boxes"] == len(copy["annotations"]) == 12
+
+
+def test_an_object_that_is_not_trained_on_takes_no_others_place():
+    root = ElementTree.fromstring(as_xml([BOXES[0], *BOXES], WIDE, HIGH))
+    ElementTree.SubElement(root.findall("object")[0], "difficult").text = "1"
+    before = ElementTree.tostring(root)
+    assert not _mend_xml(root, HIGH, WIDE)
+    assert ElementTree.tostring(root) == before

@@ -19,6 +19,7 @@ from train.data.findings import Finding
 from train.data.index import Index
 from train.data.listing import DataFiles, located
 from train.data.tables import Table
+from train.data.voc import is_difficult
 
 ALIKE = 0.95  # IoU above which of two boxes of one class the second goes
 ROWS = 1000  # images in a parquet file
@@ -102,6 +103,8 @@ def _mend_xml(root: ElementTree.Element, height: int, width: int) -> bool:
     objects, boxes, names, changed = root.findall("object"), [], [], False
     kept = []
     for one in objects:
+        if is_difficult(one):  # it stays as it is, and takes no other's place: nobody trains on it
+            continue
         places = [one.find(f"bndbox/{side}") for side in ("xmin", "ymin", "xmax", "ymax")]
         box = [float(place.text or "") for place in places if place is not None]
         clipped = [min(max(value, 0.0), most) for value, most in zip(box, (width, height) * 2, strict=True)]

@@ -91,6 +91,11 @@ def said_by_voc(listed: str, images: str) -> Said:
     )
 
 
+def is_difficult(entry: ElementTree.Element) -> bool:
+    """Whether an object is one that is not trained on."""
+    return (entry.findtext("difficult") or "0").strip() == "1"
+
+
 def _read(file: str) -> tuple[tuple[int, int], list[tuple[str, list[float]]]]:
     """Height and width that an XML file gives, 0 where it gives none, and by object its name and box: left, top, width,
     height in pixels.
@@ -109,7 +114,7 @@ def _read(file: str) -> tuple[tuple[int, int], list[tuple[str, list[float]]]]:
     shape = tuple(int(_number(root.findtext(f"size/{side}") or "0", side)) for side in ("height", "width"))
     found = []
     for number, entry in enumerate(root.iter("object"), 1):
-        if (entry.findtext("difficult") or "0").strip() == "1":
+        if is_difficult(entry):
             continue
         name = (entry.findtext("name") or "").strip()
         sides = [entry.findtext(f"bndbox/{side}") for side in ("xmin", "ymin", "xmax", "ymax")]
