@@ -9,6 +9,7 @@ import pytest
 from tests.data.test_check_data import BOXES, HIGH, WIDE, check, coco_of
 from tests.data.test_voc import as_xml
 from train import check_data
+from train.data.mended import mended_text
 from train.data.mended_annotations import _mend_xml
 
 
@@ -43,3 +44,12 @@ def test_an_object_that_is_not_trained_on_takes_no_others_place():
     before = ElementTree.tostring(root)
     assert not _mend_xml(root, HIGH, WIDE)
     assert ElementTree.tostring(root) == before
+
+
+def test_a_polygon_beside_the_image_is_dropped_and_a_box_around_it_ends_there():
+    polygon = "0 0.1 0.1 0.2 0.1 0.2 0.3\n"
+    beside = "0 1.1 0.1 1.2 0.1 1.3 0.5\n0 -0.5 1.2 0.1 1.5 0.3 1.1\n0 0.1 0.1 0.1 0.2 0.1 0.3\n"
+    assert mended_text(polygon + beside, 1) == polygon
+    assert mended_text("0 0.9 0.1 1.1 0.1 1.1 0.3\n", 1) == "0 0.9 0.1 1 0.1 1 0.3\n"
+    points = "0.2 0.2 2 0.9 0.9 1\n"
+    assert mended_text(f"0 0.5 0.6 1.2 1 {points}", 1, (2, 3)) == f"0 0.5 0.55 1 0.9 {points}"

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import yaml
 
@@ -19,6 +20,7 @@ from train.data.mended_annotations import copy_image, lying_on_earlier, write_co
 from train.processes.files import draft_of
 
 LEFT_OUT = ("image that cannot be read", "duplicate image", "image in two splits")
+NO_AREA = 1e-9  # of the image: what rounding makes of none
 Row = tuple[float, ...]
 
 
@@ -145,7 +147,7 @@ def mended_text(text: str, classes: int, keypoints: tuple[int, ...] = ()) -> str
             if not line or not _is_label(line, classes, keypoints):
                 continue
         row = tuple(map(float, line.split()))
-        if (len(row) == 5 or keypoints) and not (row[3] and row[4]):
+        if not read_label(line, classes, keypoints)[1][0, 2:].all():  # a box or polygon without a size
             continue
         kept.setdefault(row, line)
     if not keypoints and len({len(row) == 5 for row in kept}) == 2:
@@ -166,21 +168,25 @@ def _is_label(line: str, classes: int, keypoints: tuple[int, ...]) -> bool:
 
 
 def _ending_at_the_image(fields: list[str], keypoints: tuple[int, ...]) -> str:
-    """A box or a polygon as far as it lies on its image; nothing where it does not, or is no such line."""
+    """A box, with its keypoints as they are, or a polygon as far as it lies on its image; nothing where it does not, or
+    is no such line.
+    """
     try:
         row = [*map(float, fields)]
     except ValueError:
         return ""
-    if keypoints or not np.isfinite(row).all() or len(row) < 5:
+    if not np.isfinite(row).all() or len(row) < 5:
         return ""
-    if len(row) == 5:
-        x, y, w, h = row[1:]
+    if len(row) == 5 or keypoints:
+        x, y, w, h = row[1:5]
         (left, right), (top, bottom) = (np.clip((c - s / 2, c + s / 2), 0, 1) for c, s in ((x, w), (y, h)))
         if min(w, h) <= 0 or right <= left or bottom <= top:
             return ""
         numbers = [(left + right) / 2, (top + bottom) / 2, right - left, bottom - top]
-    else:
-        numbers = np.clip(row[1:], 0, 1).tolist()
+        return " ".join([fields[0], *(f"{number:.6g}" for number in numbers), *fields[5:]])
+    numbers = np.clip(row[1:], 0, 1).tolist()
+    if len(numbers) % 2 or cv2.contourArea(np.array(numbers, np.float32).reshape(-1, 2)) < NO_AREA:
+        return ""  # it lies beside the image, and is a line along its edge now
     return " ".join([fields[0], *(f"{number:.6g}" for number in numbers)])
 
 
