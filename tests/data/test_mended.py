@@ -10,7 +10,7 @@ from tests.data.test_check_data import BOXES, HIGH, WIDE, check, coco_of
 from tests.data.test_voc import as_xml
 from train import check_data
 from train.data.mended import mended_text
-from train.data.mended_annotations import _mend_xml
+from train.data.mended_annotations import _mend_size, _mend_xml, _Resized
 
 
 @pytest.fixture(autouse=True)
@@ -53,3 +53,28 @@ def test_a_polygon_beside_the_image_is_dropped_and_a_box_around_it_ends_there():
     assert mended_text("0 0.9 0.1 1.1 0.1 1.1 0.3\n", 1) == "0 0.9 0.1 1 0.1 1 0.3\n"
     points = "0.2 0.2 2 0.9 0.9 1\n"
     assert mended_text(f"0 0.5 0.6 1.2 1 {points}", 1, (2, 3)) == f"0 0.5 0.55 1 0.9 {points}"
+
+
+def test_polygons_and_area_end_where_the_box_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    polygons = [[200, 100, 390, 100, 390, 200, 200, 200], [330, 10, 380, 10, 380, 60]]
+    points = [250, 150, 2]
+    outside = {"bbox": [200, 100, 190, 100], "area": 19000}
+    changes = [outside | {"segmentation": polygons, "keypoints": points}, outside]
+    copy, report = mended_coco(tmp_path, capsys, annotations=changes)
+    assert report["findings"] == []
+    one, other = copy["annotations"][:2]
+    assert one["segmentation"] == [[200, 100, 320, 100, 320, 200, 200, 200]]
+    assert one["bbox"] == other["bbox"] == [200, 100, 120, 100]
+    assert (one["area"], other["area"], one["keypoints"]) == (12000, 12000, points)
+
+
+def test_labels_of_another_size_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    copy, report = mended_coco(tmp_path, capsys, images=[{"width": HIGH, "height": WIDE}, {"width": str(WIDE)}])
+    assert [image["id"] for image in copy["images"]] == [1, 2, 3, 4, 5]
+    assert report["findings"] == []
+    root = ElementTree.fromstring(as_xml(BOXES, HIGH, WIDE))
+    assert _mend_size(root, HIGH, WIDE)
+    assert ElementTree.tostring(root) == ElementTree.tostring(ElementTree.fromstring(as_xml(BOXES, WIDE, HIGH)))
+    assert not _mend_size(root, HIGH, WIDE)
+    with pytest.raises(_Resized):
+        _mend_size(root, HIGH // 2, WIDE // 2)

@@ -16,7 +16,7 @@ from train.data.formats import label_text, read_label
 from train.data.index import Index
 from train.data.listing import DataFiles, label_file
 from train.data.looks import ENDINGS, FORMATS, Looks
-from train.data.mended_annotations import copy_image, lying_on_earlier, write_coco, write_parquet, write_voc
+from train.data.mended_annotations import Written, copy_image, lying_on_earlier, write_coco, write_parquet, write_voc
 from train.processes.files import draft_of
 
 LEFT_OUT = ("image that cannot be read", "duplicate image", "image in two splits")
@@ -61,15 +61,17 @@ def mend(
             rows = [row for row in range(len(index)) if index.file(row) not in gone]
             entries = data.splits[split]
             if not isinstance(entries, dict):
-                number, changed = _write_texts(draft, split, data, index, looks[split], rows)
-                splits[split] = f"images/{split}"
+                written = _write_texts(draft, split, data, index, looks[split], rows)
             elif entries["annotations"].endswith(".json"):
-                number, changed, splits[split] = write_coco(draft, split, data, index, rows, found)
+                written = write_coco(draft, split, data, index, rows, found)
             elif entries["annotations"].endswith(".parquet"):
-                number, changed, splits[split] = write_parquet(draft, split, data, index, rows)
+                written = write_parquet(draft, split, data, index, rows)
             else:
-                number, changed, splits[split] = write_voc(draft, split, data, index, rows)
-            told.append(f"{split}: {number} of {len(index)} images, {changed} label files changed")
+                written = write_voc(draft, split, data, index, rows)
+            splits[split] = written.entries
+            told.append(f"{split}: {written.images} of {len(index)} images, {written.changed} label files changed")
+            if written.other:
+                told.append(f"{split}: {written.other} images are left out, for their labels are of another size")
         if not os.path.isdir(data.name):
             (draft / "data.yaml").write_text(_as_yaml(data, splits), encoding="utf-8")
         os.rename(draft, place)
@@ -91,10 +93,8 @@ def _as_yaml(data: DataFiles, splits: dict[str, Any]) -> str:
 
 
 # Label files ----------------------------------------------------------------------------------------------------------
-def _write_texts(
-    draft: Path, split: str, data: DataFiles, index: Index, looks: Looks, rows: list[int]
-) -> tuple[int, int]:
-    """Images and label files of a split; how many, and how many of the latter have changed."""
+def _write_texts(draft: Path, split: str, data: DataFiles, index: Index, looks: Looks, rows: list[int]) -> Written:
+    """Images and label files of a split."""
     changed, taken = 0, set()
     for row in rows:
         file, kind = index.file(row), FORMATS[looks.formats[row]]
@@ -116,7 +116,7 @@ def _write_texts(
         label = Path(label_file(str(target)))
         label.parent.mkdir(parents=True, exist_ok=True)
         label.write_text(clean, encoding="utf-8")
-    return len(taken), changed
+    return Written(len(taken), changed, f"images/{split}")
 
 
 def _text(file: str) -> str:

@@ -5,9 +5,10 @@ import os
 import shutil
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
+import cv2
 import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
@@ -18,48 +19,58 @@ from train.data.coco_json import read_json
 from train.data.findings import Finding
 from train.data.index import Index
 from train.data.listing import DataFiles, located
-from train.data.tables import Table
+from train.data.runlengths import are_polygons, encoded
+from train.data.tables import OUTSIDE, Table
 from train.data.voc import is_difficult
 
 ALIKE = 0.95  # IoU above which of two boxes of one class the second goes
 ROWS = 1000  # images in a parquet file
 WORDS = {"train": "train", "val": "validation", "test": "test"}  # Hugging Face's
-Written = tuple[int, int, dict[str, str]]  # images, annotation files or images whose objects have changed, and where
+
+
+class Written(NamedTuple):
+    """What has been written of a split."""
+
+    images: int
+    changed: int  # annotation files, or images whose objects have changed
+    entries: Any  # where they are, as a data YAML says it
+    other: int = 0  # images that are left out, for what is said of them is of another size
 
 
 def write_coco(
     draft: Path, split: str, data: DataFiles, index: Index, rows: list[int], found: list[Finding]
 ) -> Written:
-    """Images and annotation file of a split in COCO's form, with all that it says beside; how many images, how many
-    files have changed, and where they are.
-    """
+    """Images and annotation file of a split in COCO's form, with all that it says beside."""
     entries = _entries(data, split, {"images": f"images/{split}", "annotations": f"annotations/{split}.json"})
     source, folder = str(data.annotations(split)), located(data.root, data.splits[split]["images"])
     content = read_json(source)
-    kept = {os.path.relpath(index.file(row), folder) for row in rows}
+    names = [os.path.relpath(folder / str(i["file_name"]), folder) for i in content["images"]]
+    said = {n: (int(i["height"]), int(i["width"])) for n, i in zip(names, content["images"], strict=True)}
+    kept, other = {}, 0
+    for row in rows:
+        name, shape = os.path.relpath(index.file(row), folder), _shape_of(index, row)
+        if all(said[name]) and said[name] != shape:  # whose boxes they are, nobody knows
+            other += 1
+        else:
+            kept[name] = shape
     for name in kept:
         copy_image(str(folder / name), draft, draft / entries["images"] / name)
-    content["images"] = [i for i in content["images"] if os.path.normpath(i["file_name"]) in kept]
     # Ids are whole numbers to the reader, "0" like 0, and so they are here.
-    sizes = {int(i["id"]): (int(i["width"]), int(i["height"])) for i in content["images"]}
+    there = [(n, i) for n, i in zip(names, content["images"], strict=True) if n in kept]
+    content["images"] = [i for _, i in there]
+    shapes = {int(i["id"]): kept[n] for n, i in there}
     categories = {int(c["id"]) for c in content["categories"]}
     by_image: dict[int, list[dict[str, Any]]] = defaultdict(list)
     seen: set[Any] = set()
     for one in content["annotations"]:
         image = int(one["image_id"])
-        if image in sizes and int(one["category_id"]) in categories and one.get("id") not in seen:
+        if image in shapes and int(one["category_id"]) in categories and one.get("id") not in seen:
             seen |= {one["id"]} if "id" in one else set()
-            x, y, w, h = one["bbox"]
-            width, height = sizes[image]
-            left, top, right, bottom = max(x, 0), max(y, 0), min(x + w, width), min(y + h, height)
-            if min(w, h) <= 0 or right <= left or bottom <= top:
-                continue
-            if (left, top, right, bottom) != (x, y, x + w, y + h):
-                one["bbox"] = [left, top, right - left, bottom - top]
-            by_image[image].append(one)
+            if _ends_at_the_image(one, *shapes[image]):
+                by_image[image].append(one)
     annotations: list[dict[str, Any]] = []
     for some in by_image.values():
-        plain = [one for one in some if not one.get("iscrowd")]
+        plain = [one for one in some if not int(one.get("iscrowd", 0))]
         gone = lying_on_earlier(np.array([one["bbox"] for one in plain]), [int(one["category_id"]) for one in plain])
         without = {id(plain[i]) for i in gone}
         annotations += [one for one in some if id(one) not in without]
@@ -67,24 +78,61 @@ def write_coco(
     target = draft / entries["annotations"]
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
-    return len(kept), int(any(one.file == source for one in found)), entries
+    return Written(len(kept), int(any(one.file == source for one in found)), entries, other)
+
+
+def _shape_of(index: Index, row: int) -> tuple[int, int]:
+    """Height and width of an image itself, as it is shown; 0 where it cannot be read."""
+    if index.usable[row]:
+        height, width = index.shapes[row].tolist()
+        return height, width
+    try:
+        with Image.open(index.file(row)) as image:
+            width, height = exif_size(image)
+    except (OSError, ValueError, SyntaxError, ImportError, Image.DecompressionBombError):
+        return 0, 0
+    return height, width
+
+
+def _ends_at_the_image(one: dict[str, Any], height: int, width: int) -> bool:
+    """Have an object's box, its polygons and its area end at the image; whether anything of it is there."""
+    x, y, w, h = map(float, one["bbox"])
+    left, top, right, bottom = max(x, 0), max(y, 0), min(x + w, width), min(y + h, height)
+    if min(w, h) <= 0 or right <= left or bottom <= top:
+        return False
+    if (left, top, right, bottom) == (x, y, x + w, y + h):
+        return True
+    one["bbox"] = [left, top, right - left, bottom - top]
+    area = (right - left) * (bottom - top)
+    if are_polygons(one.get("segmentation")):
+        limits = np.array((width, height), np.float64)
+        parts = [np.clip(np.array(part, np.float64).reshape(-1, 2), 0, limits) for part in one["segmentation"]]
+        parts = [part for part in parts if cv2.contourArea(part.astype(np.float32)) > 0.001] or parts  # no line
+        one["segmentation"] = [part.ravel().tolist() for part in parts]
+        area = float(coco_mask.area(encoded(one["segmentation"], height, width)))
+    elif "area" in one:
+        area = min(float(one["area"]), area)
+    if "area" in one:
+        one["area"] = area
+    return True
 
 
 def write_voc(draft: Path, split: str, data: DataFiles, index: Index, rows: list[int]) -> Written:
-    """Images, XML files and list of a split in VOC's form; how many images, how many files have changed, and where they
-    are.
-    """
+    """Images, XML files and list of a split in VOC's form."""
     entries = _entries(data, split, {"images": "JPEGImages", "annotations": f"ImageSets/Main/{split}.txt"})
     listed = located(data.root, data.splits[split]["annotations"])
-    changed, stems = 0, []
+    changed, stems, other = 0, [], 0
     for row in rows:
         file = Path(index.file(row))
         source = listed.parents[2] / "Annotations" / f"{file.stem}.xml"
         try:
             tree = ElementTree.parse(source)
-            with Image.open(file) as image:
-                width, height = exif_size(image)
-            changed += _mend_xml(tree.getroot(), height, width)
+            height, width = _shape_of(index, row)
+            resized = _mend_size(tree.getroot(), height, width)
+            changed += _mend_xml(tree.getroot(), height, width) or resized
+        except _Resized:
+            other += 1
+            continue
         except (ElementTree.ParseError, FileNotFoundError, TypeError, ValueError):  # no XML, or not of a whole box
             continue
         stems.append(file.stem)
@@ -94,7 +142,31 @@ def write_voc(draft: Path, split: str, data: DataFiles, index: Index, rows: list
     target = draft / entries["annotations"]
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text("".join(f"{stem}\n" for stem in stems), encoding="utf-8")
-    return len(stems), changed, entries
+    return Written(len(stems), changed, entries, other)
+
+
+class _Resized(Exception):
+    """Boxes are of another size than the image is."""
+
+
+def _mend_size(root: ElementTree.Element, height: int, width: int) -> bool:
+    """Have an XML file's size be the image's, where all boxes that are trained on lie in the image; whether it was not.
+
+    Raises:
+        _Resized: they do not: whose boxes they are, nobody knows.
+    """
+    places = [root.find(f"size/{side}") for side in ("height", "width")]
+    said = [int(float(place.text or 0)) for place in places if place is not None]
+    if len(said) < 2 or not all(said) or said == [height, width]:
+        return False
+    for one in root.iter("object"):
+        right, bottom = (float(one.findtext(f"bndbox/{side}") or 0) for side in ("xmax", "ymax"))
+        if not is_difficult(one) and (right > width * (1 + OUTSIDE) or bottom > height * (1 + OUTSIDE)):
+            raise _Resized
+    for place, value in zip(places, (height, width), strict=True):
+        if place is not None:
+            place.text = str(value)
+    return True
 
 
 def _mend_xml(root: ElementTree.Element, height: int, width: int) -> bool:
@@ -158,7 +230,7 @@ def write_parquet(draft: Path, split: str, data: DataFiles, index: Index, rows: 
         frame = pl.DataFrame({"image": images, "objects": objects}, schema=kind)
         place = draft / "data" / f"{WORDS[split]}-{number:05}-of-{files:05}.parquet"
         frame.write_parquet(place, metadata=about)
-    return len(kept), changed, data.splits[split]
+    return Written(len(kept), changed, data.splits[split])
 
 
 def lying_on_earlier(boxes: np.ndarray, classes: list[Any], centred: bool = False) -> set[int]:
