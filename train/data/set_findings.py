@@ -10,7 +10,7 @@ from train.data.index import Index
 from train.data.label_findings import of_boxes, of_labels
 from train.data.labels import ragged
 from train.data.listing import DataFiles, label_file
-from train.data.looks import ENDINGS, FORMATS, Looks, copies
+from train.data.looks import ENDINGS, FORMATS, SIDE, Looks, copies
 from train.data.scan import Counted
 
 BESIDE = ("txt", "xml", "json", "csv", "yaml", "yml", "cache", "names", "data", "md", "npy", "parquet")
@@ -118,13 +118,18 @@ def _of_copies(indexes: dict[str, Index], looks: dict[str, Looks]) -> Iterator[F
                 what = f"it has the same {len(whole[later])} images as {names[earlier]}"
                 yield Finding("image in two splits", names[later], "", "", f"{names[later]}: {what}")
                 told.add(later)
-    of, exact = copies([looks[name] for name in names])
+
+    def file_of(place: int) -> str:
+        split = int(np.searchsorted(bounds, place, "right")) - 1
+        return indexes[names[split]].file(place - int(bounds[split]))
+
+    of, exact = copies([looks[name] for name in names], file_of)
     for place in np.flatnonzero(of >= 0).tolist():
         here, there = (int(np.searchsorted(bounds, p, "right")) - 1 for p in (place, of[place]))
         if here in told and here != there:
             continue
-        file, other = (indexes[names[s]].file(int(p - bounds[s])) for s, p in ((here, place), (there, of[place])))
-        how = "byte for byte" if exact[place] else "encoded or scaled anew"
+        file, other = file_of(place), file_of(int(of[place]))
+        how = "byte for byte" if exact[place] else f"by all that {SIDE} x {SIDE} px show"
         if here != there:
             what = f"{names[there]} has it, too: {other}, {how}" if file != other else f"{names[there]} lists it, too"
             yield Finding("image in two splits", names[here], file, "", what)
