@@ -78,3 +78,9 @@ def test_labels_of_another_size_are_left_out(tmp_path: Path, capsys: pytest.Capt
     assert not _mend_size(root, HIGH, WIDE)
     with pytest.raises(_Resized):
         _mend_size(root, HIGH // 2, WIDE // 2)
+
+
+def test_annotations_without_an_id_of_their_own_are_given_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    copy, report = mended_coco(tmp_path, capsys, annotations=[{}, {"id": None}, {"id": 0}])
+    assert [one["id"] for one in copy["annotations"]] == [0, 12, 13, *range(3, 12)]
+    assert report["splits"]["train"]["boxes"] == 12

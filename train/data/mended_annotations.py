@@ -61,13 +61,10 @@ def write_coco(
     shapes = {int(i["id"]): kept[n] for n, i in there}
     categories = {int(c["id"]) for c in content["categories"]}
     by_image: dict[int, list[dict[str, Any]]] = defaultdict(list)
-    seen: set[Any] = set()
     for one in content["annotations"]:
         image = int(one["image_id"])
-        if image in shapes and int(one["category_id"]) in categories and one.get("id") not in seen:
-            seen |= {one["id"]} if "id" in one else set()
-            if _ends_at_the_image(one, *shapes[image]):
-                by_image[image].append(one)
+        if image in shapes and int(one["category_id"]) in categories and _ends_at_the_image(one, *shapes[image]):
+            by_image[image].append(one)
     annotations: list[dict[str, Any]] = []
     for some in by_image.values():
         plain = [one for one in some if not int(one.get("iscrowd", 0))]
@@ -75,10 +72,26 @@ def write_coco(
         without = {id(plain[i]) for i in gone}
         annotations += [one for one in some if id(one) not in without]
     content["annotations"] = annotations
+    changed = _give_ids(annotations) or any(one.file == source for one in found)
     target = draft / entries["annotations"]
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
-    return Written(len(kept), int(any(one.file == source for one in found)), entries, other)
+    return Written(len(kept), int(changed), entries, other)
+
+
+def _give_ids(annotations: list[dict[str, Any]]) -> bool:
+    """Give new ids to annotations that have none, or an earlier one's: they are trained on like the others, but other
+    programs drop them. Whether there were any.
+    """
+    highest = max((one["id"] for one in annotations if type(one.get("id")) is int), default=0)
+    seen: set[str] = set()
+    given = 0
+    for one in annotations:
+        if one.get("id") is None or str(one["id"]) in seen:
+            given += 1
+            one["id"] = highest + given
+        seen.add(str(one["id"]))
+    return bool(given)
 
 
 def _shape_of(index: Index, row: int) -> tuple[int, int]:
