@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 import pytest
 from PIL import Image
+from polars import read_parquet_schema
 
 from tests.conftest import ROOT, launch
 from tests.data.test_huggingface import write_parquet
@@ -418,7 +419,9 @@ def test_a_data_set_in_hugging_faces_form(tmp_path: Path, capsys: pytest.Capture
     }
     code, report = check(tmp_path / "mended", tmp_path, capsys)
     assert (code, report["findings"]) == (0, [])
-    assert report["splits"]["train"] | {"images": 3, "boxes": 6} == report["splits"]["train"]
+    assert report["splits"]["train"] | {"images": 4, "boxes": 9} == report["splits"]["train"]
+    was, copy = (next((tmp_path / name / "data").glob("train*")) for name in ("worse", "mended"))
+    assert read_parquet_schema(copy) == read_parquet_schema(was)
     assert [*report["classes"]] == ["cat", "dog"]
 
 

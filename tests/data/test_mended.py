@@ -4,13 +4,15 @@ import json
 from pathlib import Path
 from xml.etree import ElementTree
 
+import cv2
 import pytest
 
-from tests.data.test_check_data import BOXES, HIGH, WIDE, check, coco_of
+from tests.data.test_check_data import BOXES, HIGH, WIDE, check, coco_of, photo
 from tests.data.test_voc import as_xml
 from train import check_data
+from train.config.errors import InputError
 from train.data.mended import mended_text
-from train.data.mended_annotations import _mend_size, _mend_xml, _Resized
+from train.data.mended_annotations import _mend_size, _mend_xml, _mended_objects, _Resized
 
 
 @pytest.fixture(autouse=True)
@@ -84,3 +86,45 @@ def test_annotations_without_an_id_of_their_own_are_given_one(tmp_path: Path, ca
     copy, report = mended_coco(tmp_path, capsys, annotations=[{}, {"id": None}, {"id": 0}])
     assert [one["id"] for one in copy["annotations"]] == [0, 12, 13, *range(3, 12)]
     assert report["splits"]["train"]["boxes"] == 12
+
+
+def test_objects_in_hugging_faces_form_keep_what_is_beside_them():
+    listed = {
+        "id": [7, 8, 9, 10, 11],
+        "area": [4, 6000, 9, 9, 9],
+        "bbox": [[1, 1, 2, 2], [300, 200, 80, 90], [5, 5, 0, 9], [5, 5, 9, 9], [5, 5, 9, None]],
+        "category": [0, 1, 0, 7, 0],
+        "note": None,
+    }
+    kept = {"id": [7, 8], "area": [4, 800], "bbox": [[1, 1, 2, 2], [300, 200, 20, 40]], "category": [0, 1]}
+    each = [dict(zip(kept, values, strict=True)) for values in zip(*(listed[key] for key in kept), strict=True)]
+    names = {0: "cat", 1: "dog"}
+    assert _mended_objects(listed, (HIGH, WIDE), names) == kept | {"note": None}
+    assert _mended_objects(each, (HIGH, WIDE), names) == [
+        dict(zip(kept, values, strict=True)) for values in zip(*kept.values(), strict=True)
+    ]
+
+
+def voc_below(folder: Path) -> Path:
+    """Two images in VOC's form, in folders and with a space in a name."""
+    for split, stem in (("train", "a/img 2"), ("val", "b/img 1")):
+        for part, ending in (("JPEGImages", "jpg"), ("Annotations", "xml")):
+            (folder / part / stem).parent.mkdir(parents=True)
+            if ending == "jpg":
+                cv2.imwrite(str(folder / part / f"{stem}.jpg"), photo(ord(stem[0])))
+        (folder / "Annotations" / f"{stem}.xml").write_text(as_xml(BOXES, WIDE, HIGH))
+        (folder / "ImageSets" / "Main").mkdir(parents=True, exist_ok=True)
+        (folder / "ImageSets" / "Main" / f"{split}.txt").write_text(f"{stem}{' -1' if split == 'train' else ''}\n")
+    return folder
+
+
+def test_images_in_folders_in_vocs_form(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    folder = voc_below(tmp_path / "data")
+    _, report = check(folder, tmp_path, capsys, fix=str(tmp_path / "out" / ".." / "mended"))
+    assert report["findings"] == []
+    places = {file.relative_to(folder) for file in folder.rglob("*")}
+    assert {file.relative_to(tmp_path / "mended") for file in (tmp_path / "mended").rglob("*")} == places
+    (folder / "Annotations" / "b" / "img 1.xml").write_text("<annotation>")
+    with pytest.raises(InputError, match="No image of val would be in the copy"):
+        check(folder, tmp_path, capsys, fix=str(tmp_path / "none"))
+    assert not [*tmp_path.glob("*none*")]

@@ -93,9 +93,9 @@ class _Read:
         try:
             if fault:
                 raise ValueError(fault)
-            there = [entry or {} for entry in _one_by_one(objects)]
+            there = [entry or {} for entry in one_by_one(objects)]
             kept = [
-                self._object(entry, number)
+                read_object(entry, number, self.names)
                 for number, entry in enumerate(there, 1)
                 if not any(entry.get(key) for key in CROWD)
             ]
@@ -107,18 +107,6 @@ class _Read:
             number = category if isinstance(category, int) else self.found.setdefault(category, len(self.found))
             self.category.append(number)
             self.boxes.append(box)
-
-    def _object(self, entry: dict[str, Any], number: int) -> tuple[int | str, list[float]]:
-        """Category and box of an object; ValueError says what is wrong with it."""
-        box, category = entry.get("bbox"), entry.get("category")
-        if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
-            raise ValueError(f"object {number} has the bbox {str(box)[:80]}, not left, top, width, height in pixels")
-        if isinstance(category, str):
-            checked_name(category, f"the category of object {number}")
-        elif not isinstance(category, int) or category not in self.names:
-            known = f"there are 0 to {len(self.names) - 1}" if self.names else "it must be a name"
-            raise ValueError(f"object {number} has the category {category}; {known}")
-        return category, [float(value) for value in box]
 
     def said(self) -> Said:
         """All of it, in the order of the images' names."""
@@ -139,6 +127,24 @@ class _Read:
             faults={int(place[row]): fault for row, fault in self.faults.items()},
             inside=True,
         )
+
+
+def read_object(entry: dict[str, Any], number: int, names: dict[int, str]) -> tuple[int | str, list[float]]:
+    """Category and box of an object; ValueError says what is wrong with it.
+
+    Args:
+        entry, number: the object.
+        names: see `_Read`.
+    """
+    box, category = entry.get("bbox"), entry.get("category")
+    if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
+        raise ValueError(f"object {number} has the bbox {str(box)[:80]}, not left, top, width, height in pixels")
+    if isinstance(category, str):
+        checked_name(category, f"the category of object {number}")
+    elif not isinstance(category, int) or category not in names:
+        known = f"there are 0 to {len(names) - 1}" if names else "it must be a name"
+        raise ValueError(f"object {number} has the category {category}; {known}")
+    return category, [float(value) for value in box]
 
 
 def said_by_parquet(
@@ -228,20 +234,46 @@ def _open(file: str) -> _File:
             f"{file} has the columns {columns[:400]}; Hugging Face's object detection has the columns `image` (bytes, "
             "path) and `objects`, and in these `bbox` and `category`, a number or a name."
         )
-    return _File(file, int(rows), _class_names(metadata), numbers)
+    return _File(file, int(rows), class_names(metadata), numbers)
 
 
 def _rows(one: _File) -> Iterator[tuple[Any, Any]]:
-    """Image and objects of each row of a file, of which some are in memory at a time."""
+    """Image and objects of each row of a file."""
+    for frame in _frames(one, "image", "objects"):
+        yield from frame.iter_rows()
+
+
+def _frames(one: _File, *columns: str) -> Iterator[Any]:
+    """Rows of a file, of which some are in memory at a time."""
     import polars as pl
 
     step = max(1, CHUNK * one.rows // max(os.path.getsize(one.file), 1))
     try:
-        frame = pl.scan_parquet(one.file, glob=False).select("image", "objects")
+        frame = pl.scan_parquet(one.file, glob=False).select(*(columns or ["*"]))
         for first in range(0, one.rows, step):
-            yield from frame.slice(first, step).collect().iter_rows()
+            yield frame.slice(first, step).collect()
     except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError) as error:
         raise _unreadable(one.file, error) from None
+
+
+def named_frames(files: list[str], beside: Path) -> Iterator[tuple[list[str], Any, str]]:
+    """All rows of some files with all their columns: what their images are called in the folder that
+    `said_by_parquet` makes, the rows, and what their file's metadata say for `datasets`.
+
+    Args:
+        files, beside: see `said_by_parquet`.
+    """
+    import polars as pl
+
+    stems: set[str] = set()
+    for file in files:
+        about = pl.read_parquet_metadata(file).get("huggingface", "")
+        for frame in _frames(_open(file)):
+            names = []
+            for value in frame["image"].to_list():
+                data, path, _ = _image(value, beside)
+                names.append(_stem(path, len(stems), stems) + _ending(data))
+            yield names, frame, about
 
 
 def _unreadable(file: str, error: BaseException) -> InputError:
@@ -271,7 +303,7 @@ def _names(opened: list[_File], given: dict[int, str]) -> dict[int, str]:
     return declared or given
 
 
-def _class_names(metadata: str) -> list[str]:
+def class_names(metadata: str) -> list[str]:
     """The names that `datasets` has left in a file's metadata; each of its versions describes lists in its own way."""
     try:
         kind = _element(_element(json.loads(metadata)["info"]["features"]["objects"])["category"])
@@ -327,13 +359,15 @@ def _stem(path: str, row: int, taken: set[str]) -> str:
     return stem
 
 
-def _one_by_one(objects: Any) -> list[Any]:
+def one_by_one(objects: Any) -> list[Any]:
     """An image's objects, of a list of them, or of a list of each of their properties."""
     if not isinstance(objects, dict):
         return objects or []
-    lists = {key: objects[key] for key in ("bbox", "category", *CROWD) if isinstance(objects.get(key), list)}
-    if len({len(values) for values in lists.values()}) > 1:
-        raise ValueError("it has " + ", ".join(f"{len(values)} {key}" for key, values in lists.items()))
+    needed = {key: objects[key] for key in ("bbox", "category", *CROWD) if isinstance(objects.get(key), list)}
+    lengths = {len(values) for values in needed.values()}
+    if len(lengths) > 1:
+        raise ValueError("it has " + ", ".join(f"{len(values)} {key}" for key, values in needed.items()))
+    lists = {key: values for key, values in objects.items() if isinstance(values, list) and {len(values)} == lengths}
     return [dict(zip(lists, values, strict=True)) for values in zip(*lists.values(), strict=True)]
 
 

@@ -49,7 +49,7 @@ def mend(
         place: where the copy goes; see `check_place`.
 
     Raises:
-        InputError: there is no room for it, or its format is not written.
+        InputError: there is no room for it, or no image of a split can be kept.
     """
     draft = draft_of(place.absolute())
     told = []
@@ -68,6 +68,10 @@ def mend(
                 written = write_parquet(draft, split, data, index, rows)
             else:
                 written = write_voc(draft, split, data, index, rows)
+            if not written.images:
+                raise InputError(
+                    f"No image of {split} would be in the copy, so none is written; what is wrong with them is above."
+                )
             splits[split] = written.entries
             told.append(f"{split}: {written.images} of {len(index)} images, {written.changed} label files changed")
             if written.other:

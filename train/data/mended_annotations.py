@@ -10,6 +10,7 @@ from xml.etree import ElementTree
 
 import cv2
 import numpy as np
+import yaml
 from PIL import Image
 from pycocotools import mask as coco_mask
 from ultralytics.data.utils import exif_size
@@ -17,14 +18,14 @@ from ultralytics.data.utils import exif_size
 from train.config.errors import InputError
 from train.data.coco_json import read_json
 from train.data.findings import Finding
+from train.data.huggingface import CROWD, class_names, named_frames, one_by_one, parquet_files, read_object
 from train.data.index import Index
 from train.data.listing import DataFiles, located
 from train.data.runlengths import are_polygons, encoded
 from train.data.tables import OUTSIDE, Table
-from train.data.voc import is_difficult
+from train.data.voc import annotations_of, is_difficult
 
 ALIKE = 0.95  # IoU above which of two boxes of one class the second goes
-ROWS = 1000  # images in a parquet file
 WORDS = {"train": "train", "val": "validation", "test": "test"}  # Hugging Face's
 
 
@@ -109,7 +110,7 @@ def _shape_of(index: Index, row: int) -> tuple[int, int]:
 
 def _ends_at_the_image(one: dict[str, Any], height: int, width: int) -> bool:
     """Have an object's box, its polygons and its area end at the image; whether anything of it is there."""
-    x, y, w, h = map(float, one["bbox"])
+    x, y, w, h = (value if isinstance(value, int) else float(value) for value in one["bbox"])
     left, top, right, bottom = max(x, 0), max(y, 0), min(x + w, width), min(y + h, height)
     if min(w, h) <= 0 or right <= left or bottom <= top:
         return False
@@ -123,23 +124,24 @@ def _ends_at_the_image(one: dict[str, Any], height: int, width: int) -> bool:
         parts = [part for part in parts if cv2.contourArea(part.astype(np.float32)) > 0.001] or parts  # no line
         one["segmentation"] = [part.ravel().tolist() for part in parts]
         area = float(coco_mask.area(encoded(one["segmentation"], height, width)))
-    elif "area" in one:
+    elif one.get("area") is not None:
         area = min(float(one["area"]), area)
-    if "area" in one:
-        one["area"] = area
+    if one.get("area") is not None:
+        one["area"] = type(one["area"])(area)
     return True
 
 
 def write_voc(draft: Path, split: str, data: DataFiles, index: Index, rows: list[int]) -> Written:
     """Images, XML files and list of a split in VOC's form."""
     entries = _entries(data, split, {"images": "JPEGImages", "annotations": f"ImageSets/Main/{split}.txt"})
-    listed = located(data.root, data.splits[split]["annotations"])
+    target, images = draft / entries["annotations"], located(data.root, data.splits[split]["images"])
+    original = annotations_of(str(located(data.root, data.splits[split]["annotations"])))
     changed, stems, other = 0, [], 0
     for row in rows:
-        file = Path(index.file(row))
-        source = listed.parents[2] / "Annotations" / f"{file.stem}.xml"
+        name = os.path.relpath(index.file(row), images)
+        stem = os.path.splitext(name)[0]
         try:
-            tree = ElementTree.parse(source)
+            tree = ElementTree.parse(f"{original}/{stem}.xml")
             height, width = _shape_of(index, row)
             resized = _mend_size(tree.getroot(), height, width)
             changed += _mend_xml(tree.getroot(), height, width) or resized
@@ -148,11 +150,10 @@ def write_voc(draft: Path, split: str, data: DataFiles, index: Index, rows: list
             continue
         except (ElementTree.ParseError, FileNotFoundError, TypeError, ValueError):  # no XML, or not of a whole box
             continue
-        stems.append(file.stem)
-        copy_image(str(file), draft, draft / entries["images"] / file.name)
-        (draft / "Annotations").mkdir(exist_ok=True)
-        tree.write(draft / "Annotations" / source.name, encoding="utf-8")
-    target = draft / entries["annotations"]
+        stems.append(stem)
+        copy_image(index.file(row), draft, draft / entries["images"] / name)
+        xml = place_in(draft, Path(annotations_of(str(target))) / f"{stem}.xml", index.file(row))
+        tree.write(xml, encoding="utf-8")
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text("".join(f"{stem}\n" for stem in stems), encoding="utf-8")
     return Written(len(stems), changed, entries, other)
@@ -217,33 +218,74 @@ def _entries(data: DataFiles, split: str, otherwise: dict[str, str]) -> dict[str
 
 
 def write_parquet(draft: Path, split: str, data: DataFiles, index: Index, rows: list[int]) -> Written:
-    """Images, boxes and categories of a split in Hugging Face's form; what else its rows have is left out."""
+    """Images and objects of a split in Hugging Face's form, with all other columns and all that objects have beside."""
     import polars as pl  # here, for it takes long, and other forms do not need it
 
+    place = {os.path.basename(index.file(row)): row for row in rows}
     table = Table(*data.tables[split])
-    kept = [row for row in rows if index.usable[row]]
-    box = pl.Struct({"bbox": pl.List(pl.List(pl.Float64)), "category": pl.List(pl.Int64)})
-    kind = {"image": pl.Struct({"bytes": pl.Binary, "path": pl.String}), "objects": box}
-    names = {"feature": {"names": [*data.names.values()], "_type": "ClassLabel"}, "_type": "Sequence"}
-    features = {"image": {"_type": "Image"}, "objects": {"category": names}}
-    about = {"huggingface": json.dumps({"info": {"features": features}})}
-    files, changed = -(-len(kept) // ROWS), 0
+    images, pattern = (located(data.root, data.splits[split][part]) for part in ("images", "annotations"))
     (draft / "data").mkdir(exist_ok=True)
-    for number in range(files):
-        images, objects = [], []
-        for row in kept[number * ROWS : (number + 1) * ROWS]:
-            first, end = index.first[row : row + 2].tolist()
-            boxes = table.boxes(np.full(end - first, row), np.arange(end - first))
-            gone = lying_on_earlier(boxes, index.cls[first:end].tolist())
-            stay = [i for i in range(end - first) if i not in gone]
-            changed += bool(gone)
-            file = index.file(row)
-            images.append({"bytes": Path(file).read_bytes(), "path": os.path.basename(file)})
-            objects.append({"bbox": boxes[stay].tolist(), "category": index.cls[first:end][stay].tolist()})
-        frame = pl.DataFrame({"image": images, "objects": objects}, schema=kind)
-        place = draft / "data" / f"{WORDS[split]}-{number:05}-of-{files:05}.parquet"
-        frame.write_parquet(place, metadata=about)
-    return Written(len(kept), changed, data.splits[split])
+    number = changed = files = 0
+    for names, frame, about in named_frames(parquet_files(str(pattern)), images):
+        if table.numbered and not class_names(about):  # then a data YAML beside it has
+            (draft / "data.yaml").write_text(
+                yaml.safe_dump({"names": data.names}, allow_unicode=True), encoding="utf-8"
+            )
+        kept: list[int] = []
+        objects = []
+        for i, (name, there) in enumerate(zip(names, frame["objects"].to_list(), strict=True)):
+            shape = _shape_of(index, place[name]) if name in place else (0, 0)
+            try:
+                clean = _mended_objects(there, shape, table.names if table.numbered else {})
+            except ValueError:  # which box has which category, nobody knows
+                continue
+            if all(shape):
+                kept.append(i)
+                objects.append(clean)
+                changed += clean != there
+        if not kept:
+            continue
+        frame = frame[kept].with_columns(pl.Series("objects", objects, dtype=frame.schema["objects"]))
+        kind = frame.schema["image"]
+        if kind != pl.Binary and (kind != pl.Struct or not all((one or {}).get("bytes") for one in frame["image"])):
+            inside = [Path(index.file(place[names[i]])).read_bytes() for i in kept]
+            parts = [{"bytes": one, "path": names[i]} for i, one in zip(kept, inside, strict=True)]
+            kind = pl.Struct({"bytes": pl.Binary, "path": pl.String})
+            frame = frame.with_columns(pl.Series("image", parts, dtype=kind))
+        target = draft / "data" / f"{WORDS[split]}-{files:05}.parquet"
+        frame.write_parquet(target, metadata={"huggingface": about} if about else None)
+        number, files = number + len(kept), files + 1
+    return Written(number, changed, {"images": ".", "annotations": f"data/{WORDS[split]}-*.parquet"})
+
+
+def _mended_objects(objects: Any, shape: tuple[int, int], names: dict[int, str]) -> Any:
+    """An image's objects in the layout that they have: boxes end at the image; those that are none, or have no size, no
+    category, or lie on an earlier one are not there. ValueError where their lists are of several lengths.
+
+    Args:
+        objects: see `one_by_one`.
+        shape: height and width of the image.
+        names: of the categories, where they have numbers.
+    """
+    there = [dict(one) for one in one_by_one(objects) if one]
+    length = len(there)
+    there = [one for one in there if _is_object(one, names) and _ends_at_the_image(one, *shape)]
+    plain = [one for one in there if not any(one.get(key) for key in CROWD)]
+    gone = lying_on_earlier(np.array([one["bbox"] for one in plain]), [one["category"] for one in plain])
+    without = {id(plain[i]) for i in gone}
+    there = [one for one in there if id(one) not in without]
+    if not isinstance(objects, dict):
+        return there if objects else objects
+    lists = {key for key, values in objects.items() if isinstance(values, list) and len(values) == length}
+    return objects | {key: [one[key] for one in there] for key in lists}
+
+
+def _is_object(one: dict[str, Any], names: dict[int, str]) -> bool:
+    try:
+        read_object(one, 1, names)
+    except ValueError:
+        return False
+    return True
 
 
 def lying_on_earlier(boxes: np.ndarray, classes: list[Any], centred: bool = False) -> set[int]:
@@ -268,9 +310,14 @@ def lying_on_earlier(boxes: np.ndarray, classes: list[Any], centred: bool = Fals
 
 
 def copy_image(file: str, draft: Path, place: Path) -> None:
-    """Copy an image to this place in the copy, and to no other, whatever a file calls it."""
+    """Copy an image to this place in the copy."""
+    shutil.copyfile(file, place_in(draft, place, file))
+
+
+def place_in(draft: Path, place: Path, file: str) -> str:
+    """A place in the copy, whose folder is there then; InputError where it is in no copy, whatever a file is called."""
     target = os.path.normpath(place)
-    if not target.startswith(f"{draft}{os.sep}"):
+    if not target.startswith(f"{os.path.normpath(draft)}{os.sep}"):
         raise InputError(f"{file} lies outside the folder of its split; --fix copies what lies in it.")
     os.makedirs(os.path.dirname(target), exist_ok=True)
-    shutil.copyfile(file, target)
+    return target

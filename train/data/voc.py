@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -12,6 +13,7 @@ from train.config.plain import checked_name
 from train.data.formats import FAR, LARGEST, check_regular
 from train.data.tables import Said
 
+FLAG = re.compile(r"\s+(-1|0|1)$")
 # Of a split the first that is there
 LISTS = {"train": ("train", "trainval"), "val": ("val", "test"), "test": ("test",)}
 
@@ -32,7 +34,8 @@ def xml_files(listed: str) -> list[str]:
     """The XML files of the images in a list, sorted, each once.
 
     Args:
-        listed: ImageSets/Main/NAME.txt, of a name in each line, without its ending.
+        listed: ImageSets/Main/NAME.txt, of a name in each line, without its ending: its path below the folder, and
+            behind it, in VOC's lists of a class, whether that is there: 1, 0 or -1.
 
     Raises:
         InputError: it cannot be read.
@@ -43,9 +46,15 @@ def xml_files(listed: str) -> list[str]:
         raise InputError(f"{listed} is not UTF-8 text; it must list the names of images.") from None
     except OSError as error:
         raise InputError(f"{listed} cannot be read: {error.strerror}.") from None
-    names = sorted({line.split()[0] for line in lines if line.strip()})
-    folder = os.path.join(Path(listed).parents[2], "Annotations")
-    return [f"{folder}/{name}.xml" for name in names]
+    folder = annotations_of(listed)
+    names = {line.strip() for line in lines if line.strip()}
+    flagged = {name for name in names if FLAG.search(name) and not os.path.exists(f"{folder}/{name}.xml")}
+    return [f"{folder}/{name}.xml" for name in sorted(names - flagged | {FLAG.sub("", name) for name in flagged})]
+
+
+def annotations_of(listed: str) -> str:
+    """The folder of the XML files of a list."""
+    return os.path.join(Path(listed).parents[2], "Annotations")
 
 
 def said_by_voc(listed: str, images: str) -> Said:
@@ -57,16 +66,19 @@ def said_by_voc(listed: str, images: str) -> Said:
         listed: see `xml_files`.
         images: their folder.
     """
+    xmls, begin = xml_files(listed), len(annotations_of(listed)) + 1
+    stems = [file[begin : -len(".xml")] for file in xmls]
     endings: dict[str, str] = {}
-    if os.path.isdir(images):
-        endings = dict(map(os.path.splitext, sorted(os.listdir(images), reverse=True)))  # type: ignore[arg-type]
+    for folder in {os.path.dirname(stem) for stem in stems}:
+        if os.path.isdir(place := os.path.join(images, folder)):
+            there = (os.path.join(folder, name) for name in sorted(os.listdir(place), reverse=True))
+            endings |= dict(map(os.path.splitext, there))  # type: ignore[arg-type]
     names: dict[str, int] = {}
     files, shapes, faults = [], [], {}
     image: list[int] = []
     category: list[int] = []
     boxes: list[list[float]] = []
-    for row, file in enumerate(xml_files(listed)):
-        stem = Path(file).stem
+    for row, (file, stem) in enumerate(zip(xmls, stems, strict=True)):
         files.append(stem + endings.get(stem, ".jpg"))
         shape = (0, 0)
         try:
