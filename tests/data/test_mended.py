@@ -11,6 +11,7 @@ from tests.data.test_check_data import BOXES, HIGH, WIDE, check, coco_of, photo
 from tests.data.test_voc import as_xml
 from train import check_data
 from train.config.errors import InputError
+from train.data.files import find_data
 from train.data.mended import mended_text
 from train.data.mended_annotations import _mend_size, _mend_xml, _mended_objects, _Resized
 
@@ -128,3 +129,23 @@ def test_images_in_folders_in_vocs_form(tmp_path: Path, capsys: pytest.CaptureFi
     with pytest.raises(InputError, match="No image of val would be in the copy"):
         check(folder, tmp_path, capsys, fix=str(tmp_path / "none"))
     assert not [*tmp_path.glob("*none*")]
+
+
+def test_a_copy_in_darknets_form(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    folder = tmp_path / "data"
+    for number, (split, key) in enumerate((("Train", "train"), ("Validation", "valid"))):
+        image = folder / f"obj_{split}_data" / "a" / f"f {number}.jpg"
+        image.parent.mkdir(parents=True)
+        cv2.imwrite(str(image), photo(number))
+        image.with_suffix(".txt").write_text("0 0.5 0.5 0.2 0.2\n1 1.05 0.5 0.2 0.2\n")
+        (folder / f"{split}.txt").write_text(f"data/{image.relative_to(folder)}\n")
+        with open(folder / "obj.data", "a") as file:
+            file.write(f"{key} = data/{split}.txt\n")
+    (folder / "obj.names").write_text("cat\ndog\n")
+    check(folder, tmp_path, capsys, fix=str(tmp_path / "mended"))
+    label = tmp_path / "mended" / "obj_Train_data" / "a" / "f 0.txt"
+    assert label.read_text() == "0 0.5 0.5 0.2 0.2\n1 0.975 0.5 0.05 0.2\n"
+    data = find_data(str(tmp_path / "mended"))
+    assert (data.names, Path(data.name).name) == ({0: "cat", 1: "dog"}, "obj.data")
+    code, report = check(tmp_path / "mended", tmp_path, capsys)
+    assert (code, report["splits"]["val"]["boxes"]) == (0, 2)

@@ -8,6 +8,7 @@ from train.config.plain import checked_name, text_of
 from train.data.data_yaml import CLASSES, LARGEST, DataYaml
 
 OBJ_DATA = "obj.data"
+KEYS = {"train": "train", "val": "valid", "test": "test"}
 
 
 def read_obj_data(file: Path) -> DataYaml:
@@ -29,9 +30,22 @@ def read_obj_data(file: Path) -> DataYaml:
         if line in seen:
             raise InputError(f"{listed}: the classes {seen[line]} and {number} are both named {line[:60]!r}.")
         seen[checked_name(line, f"{listed}: class {number}")] = number
-    keys = {"train": "train", "val": "valid", "test": "test"}
-    splits = {split: said[key] for split, key in keys.items() if key in said}
+    splits = {split: said[key] for split, key in KEYS.items() if key in said}
     return DataYaml(path=str(file.parent.absolute()), splits=splits, names=dict(enumerate(lines)))
+
+
+def write_obj_data(folder: Path, splits: dict[str, str], names: dict[int, str]) -> None:
+    """Write obj.data and the list of the class names, as CVAT does.
+
+    Args:
+        folder: that they and the lists of images are in.
+        splits: the list of each.
+        names: of the classes.
+    """
+    lists = "".join(f"{KEYS[split]} = data/{listed}\n" for split, listed in splits.items())
+    text = f"classes = {len(names)}\n{lists}names = data/obj.names\nbackup = backup/\n"
+    (folder / OBJ_DATA).write_text(text, encoding="utf-8")
+    (folder / "obj.names").write_text("".join(f"{name}\n" for name in names.values()), encoding="utf-8")
 
 
 def _placed(folder: Path, path: str) -> str:

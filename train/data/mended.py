@@ -11,12 +11,21 @@ import numpy as np
 import yaml
 
 from train.config.errors import InputError
+from train.data.darknet import OBJ_DATA, write_obj_data
 from train.data.findings import Finding
 from train.data.formats import label_text, read_label
 from train.data.index import Index
 from train.data.listing import DataFiles, label_file
 from train.data.looks import ENDINGS, FORMATS, Looks
-from train.data.mended_annotations import Written, copy_image, lying_on_earlier, write_coco, write_parquet, write_voc
+from train.data.mended_annotations import (
+    Written,
+    copy_image,
+    lying_on_earlier,
+    place_in,
+    write_coco,
+    write_parquet,
+    write_voc,
+)
 from train.processes.files import draft_of
 
 LEFT_OUT = ("image that cannot be read", "duplicate image", "image in two splits")
@@ -76,7 +85,9 @@ def mend(
             told.append(f"{split}: {written.images} of {len(index)} images, {written.changed} label files changed")
             if written.other:
                 told.append(f"{split}: {written.other} images are left out, for their labels are of another size")
-        if not os.path.isdir(data.name):
+        if _is_darknet(data):
+            write_obj_data(draft, splits, data.names)
+        elif not os.path.isdir(data.name):
             (draft / "data.yaml").write_text(_as_yaml(data, splits), encoding="utf-8")
         os.rename(draft, place)
     except OSError as error:
@@ -99,28 +110,42 @@ def _as_yaml(data: DataFiles, splits: dict[str, Any]) -> str:
 # Label files ----------------------------------------------------------------------------------------------------------
 def _write_texts(draft: Path, split: str, data: DataFiles, index: Index, looks: Looks, rows: list[int]) -> Written:
     """Images and label files of a split."""
-    changed, taken = 0, set()
+    changed, taken, listed = 0, set(), []
     for row in rows:
         file, kind = index.file(row), FORMATS[looks.formats[row]]
-        inside = file.rpartition("/images/")[2] if "/images/" in file else os.path.relpath(file, index.base)
-        name, ending = os.path.splitext(inside.removeprefix(f"{split}/"))
+        name, ending = os.path.splitext(_place(file, split, data, index))
         endings = ENDINGS.get(kind, ())
         if endings and ending[1:].lower() not in endings:
             ending = f".{endings[0]}"
         while f"{name}.txt" in taken:  # a.jpg beside a.png
             name += "_"
         taken.add(f"{name}.txt")
-        target = draft / "images" / split / (name + ending)
-        copy_image(file, draft, target)
+        listed.append(name + ending)
+        copy_image(file, draft, draft / (name + ending))
         if not os.path.exists(label_file(file)):
             continue
         text = _text(label_file(file))
         clean = mended_text(text, len(data.names), data.keypoints)
         changed += clean != text
-        label = Path(label_file(str(target)))
-        label.parent.mkdir(parents=True, exist_ok=True)
+        label = Path(place_in(draft, Path(f"{draft}{label_file(f'/{name}{ending}')}"), file))
         label.write_text(clean, encoding="utf-8")
-    return Written(len(taken), changed, f"images/{split}")
+    if not _is_darknet(data):
+        return Written(len(listed), changed, f"images/{split}")
+    (draft / f"{split}.txt").write_text("".join(f"data/{image}\n" for image in listed), encoding="utf-8")
+    return Written(len(listed), changed, f"{split}.txt")
+
+
+def _is_darknet(data: DataFiles) -> bool:
+    return os.path.basename(data.name) == OBJ_DATA
+
+
+def _place(file: str, split: str, data: DataFiles, index: Index) -> str:
+    """Where an image goes in the copy: in Darknet's form where it was, otherwise into the folder of its split."""
+    if _is_darknet(data):
+        inside = os.path.relpath(file, data.root)
+        return f"obj_{split}_data/{os.path.basename(file)}" if inside.startswith("../") else inside
+    inside = file.rpartition("/images/")[2] if "/images/" in file else os.path.relpath(file, index.base)
+    return f"images/{split}/" + inside.removeprefix(f"{split}/")
 
 
 def _text(file: str) -> str:
