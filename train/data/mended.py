@@ -47,8 +47,9 @@ def mend(
 ) -> Iterable[str]:
     """Write a cleaned copy; lines on what was left out and changed. It is there whole or not at all.
 
-    Left out are images that cannot be read, copies within a split, and those that an earlier split has, too. Of what is
-    left boxes end at the image, and no object is there twice, without a size or of no class.
+    Left out are images that cannot be read, copies within a split, those that an earlier split has, too, and those
+    whose annotations are of another size. Of what is left boxes end at the image, and no object is there twice, without
+    a size or of no class. All that is said beside stays.
 
     Args:
         data: the data set.
