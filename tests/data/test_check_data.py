@@ -85,6 +85,7 @@ def plant(file: Path) -> set[tuple[str, str, str]]:
     label(21, "0 0.5 1.2 0.1 0.1\n", "coordinate outside the image")
     label(22, "0 0.5 0.5 -0.1 0.1\n", "negative size")
     label(23, "0 0.5 0.5 0 0.1\n", "box of no size")
+    label(41, "0 0.95 0.5 0.4 0.2\n", "box over the edge")
     label(24, "0 0.3 0.3 0.2 0.2\n", "duplicate box")
     label(25, "0 0.1 0.1 0.3 0.1 0.3 0.3\n", "boxes and polygons mixed", "")
     label(26, "0 0.5 0.5 x 0.1\n", "labels that cannot be read")
@@ -187,6 +188,7 @@ def test_every_planted_fault_is_found_where_it_is(tmp_path: Path, capsys: pytest
         ("image turned by EXIF", "34.jpg"),
         ("image without label", "35.jpg"),
         ("tiny box", "30.jpg"),
+        ("box over the edge", "41.txt"),
         ("class in one split only", "data.yaml"),
         ("class without training", "data.yaml"),
         ("class without a box", "data.yaml"),
@@ -373,6 +375,7 @@ def test_a_data_set_in_vocs_form(tmp_path: Path, capsys: pytest.CaptureFixture[s
     (folder / "Annotations" / "1.xml").write_text(as_xml(twice, WIDE, HIGH))
     (folder / "Annotations" / "2.xml").write_text("<annotation>")
     (folder / "Annotations" / "3.xml").write_text(as_xml([*BOXES, BOXES[0]], WIDE, HIGH))
+    (folder / "Annotations" / "5.xml").write_text(as_xml([*BOXES, ("cat", [300, 9, 30, 30])], WIDE, HIGH))
     (folder / "Annotations" / "4.xml").write_text(as_xml([*BOXES, ("cat", [9, 9, 0, 5])], WIDE, HIGH))
     code, report = check(folder, tmp_path, capsys, fix=str(tmp_path / "mended"))
     assert code == 1
@@ -381,11 +384,12 @@ def test_a_data_set_in_vocs_form(tmp_path: Path, capsys: pytest.CaptureFixture[s
         ("duplicate box", "1.jpg"),
         ("duplicate box", "3.jpg"),
         ("box of no size", "4.jpg"),
+        ("box over the edge", "5.jpg"),
         ("labels that cannot be read", "train.txt"),
     }
     code, report = check(tmp_path / "mended", tmp_path, capsys)
     assert (code, report["findings"]) == (0, [])
-    assert report["splits"]["train"]["boxes"] == 11  # of five images
+    assert report["splits"]["train"]["boxes"] == 12  # of five images
 
 
 def test_a_data_set_in_hugging_faces_form(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

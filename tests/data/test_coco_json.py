@@ -100,6 +100,30 @@ def test_the_same_numbers_are_the_same_labels_and_samples(kind: Carries, tmp_pat
         assert all(np.array_equal(a[name], b[name]) for name in ("img", "cls", "bboxes"))
 
 
+def test_a_box_over_the_edge_is_the_same_in_both_forms(tmp_path: Path, accelerator: Accelerator):
+    """Its middle and its sides are looked at, as in Ultralytics."""
+    text, coco = (tmp_path / name for name in ("text", "coco"))
+    for folder in (text, coco):
+        folder.mkdir()
+    find(text, one())
+    (text / "labels").mkdir()
+    (text / "labels" / "b.txt").write_text("0 0.9375 0.5 0.5 0.25\n")
+    (text / "data.yaml").write_text(f"path: {text}\ntrain: images\nval: images\nnames: [dog, cat]\n")
+    given = one(annotations={"bbox": [44, 12, 32, 8], "category_id": 2})
+    found = [(data := find_data(str(text / "data.yaml")), to_train_on(data, TrainConfig(), accelerator))]
+    found.append((data := find(coco, given), to_train_on(data, TrainConfig(), accelerator)))
+    assert [labels.faults for _, labels in found] == [[], []]
+    config = TrainConfig(imgsz=64, batch=2)
+    ours, theirs = (TrainSet(labels, data, config, 32) for data, labels in found)
+    assert len(ours[(0, 1, True)]["bboxes"])
+    for position in range(2):
+        a, b = ours[(0, position, True)], theirs[(0, position, True)]
+        assert all(np.array_equal(a[name], b[name]) for name in ("img", "cls", "bboxes"))
+    lost = one(annotations={"segmentation": [[44, 12, 70, 12, 70, 20]], "bbox": [44, 12, 26, 8]})
+    labels = to_train_on(find(coco, lost, carries="polygons"), TrainConfig(), accelerator, "polygons")
+    assert "the point 70, 12 leaves its image of 64x32 px" in labels.faults[0]  # as in a label file of polygons
+
+
 def assert_ap_is_pycocotools(run: Path, annotations: Path) -> None:
     """The numbers of a run are those that pycocotools has of its predictions, on this file, bit for bit."""
     truth = COCO(str(annotations))

@@ -25,7 +25,7 @@ from train.config.errors import InputError
 from train.data.arrays import fault_of, write_arrays
 from train.data.listing import DataFiles, base_of, relative, stats
 
-VERSION = 2  # of the reader: what it reads from the same files may differ from another's
+VERSION = 3  # of the reader: what it reads from the same files may differ from another's
 ENDING = f".labels{VERSION}"
 CHECKED = {"stat": "names, sizes, times", "list": "names", "off": "nothing"}
 

@@ -25,6 +25,7 @@ KINDS = {
     "damaged image": "warning",
     "wrong extension": "warning",
     "names that do not match": "warning",
+    "box over the edge": "warning",
     "box of no size": "warning",
     "duplicate box": "warning",
     "duplicate image": "warning",

@@ -10,7 +10,7 @@ from train.data.formats import label_text, read_label
 from train.data.index import Index
 from train.data.listing import DataFiles, label_file
 from train.data.scan import Counted, by_workers, spread
-from train.data.tables import Table
+from train.data.tables import OUTSIDE, Table
 
 try:
     import hotcoco
@@ -35,6 +35,7 @@ COCO = {
     "bbox_out_of_bounds": ("coordinate outside the image", "its box leaves its image"),
     "near_duplicate": ("duplicate box", "it lies on another of its class (IoU above 0.95)"),
 }
+OVER = "its box leaves the image by {:.0%} of a side, and is trained on, for its middle is inside"
 TINY = 2.0  # px of a box's shorter side, at the training's image size
 BLOCK = 512  # label files that a worker reads at a time
 
@@ -63,6 +64,8 @@ def label_faults(text: str, classes: int, keypoints: tuple[int, ...]) -> list[tu
             found.append(("duplicate box", place, f"it is line {good[row]} again, and counts once"))
         elif not boxes[0, 2:].all():
             found.append(("box of no size", place, "its width or its height is 0"))
+        elif (over := over_edge(boxes)[0]) > OUTSIDE:
+            found.append(("box over the edge", place, OVER.format(over)))
         good.setdefault(row, number)
     columns = {number: len(row) for row, number in good.items()}
     if not keypoints and 5 in columns.values() and len(set(columns.values()) - {5}):
@@ -70,6 +73,13 @@ def label_faults(text: str, classes: int, keypoints: tuple[int, ...]) -> list[tu
         what = f"it mixes boxes and polygons: line {boxes_at[0]} is a box, line {others[0]} a polygon"
         found.append(("boxes and polygons mixed", "", what))
     return found
+
+
+def over_edge(boxes: np.ndarray) -> np.ndarray:
+    """By which share of the image's side each of the boxes (n, 4), xywh normalised, leaves it; below 0 inside."""
+    low, high = boxes[:, :2] - boxes[:, 2:] / 2, boxes[:, :2] + boxes[:, 2:] / 2
+    over: np.ndarray = np.maximum(-low, high - 1).max(1)
+    return over
 
 
 def _kind(what: str) -> str:
@@ -148,7 +158,7 @@ def of_annotations(split: str, file: str) -> Iterator[Finding]:
 
 
 def of_boxes(split: str, index: Index, data: DataFiles, imgsz: int) -> Iterator[Finding]:
-    """Boxes that are too small for the training, and such that lie on each other."""
+    """Boxes that are too small for the training, that leave their image, and that lie on each other."""
     counts = np.diff(index.first)
     image = np.repeat(np.arange(len(index)), counts)
     shapes = index.shapes[image].astype(np.float64)
@@ -159,6 +169,9 @@ def of_boxes(split: str, index: Index, data: DataFiles, imgsz: int) -> Iterator[
         least = shorter[tiny[first : first + number]].min()
         what = f"{number} of its boxes are under {TINY:g} px at {imgsz} px, the least {least:.2g} px"
         yield Finding("tiny box", split, index.file(int(row)), "", what)
+    far = over_edge(index.boxes)
+    for i in np.flatnonzero(far > OUTSIDE).tolist() if split in data.tables else ():
+        yield Finding("box over the edge", split, index.file(int(image[i])), "", OVER.format(far[i]))
     if hotcoco is None or data.annotations(split):
         return
     lying = _lying_on_another(index, image, shapes)

@@ -23,7 +23,7 @@ from train.processes.holders import remove_unheld
 VERSION = 2  # of the readers
 ENDING = f".table{VERSION}"
 INSIDE = f".inside{VERSION}"  # of a folder of images that were in the files themselves
-OUTSIDE = 0.01  # of the image's side, by which a box may leave it, as in a label file
+OUTSIDE = 0.01  # of the image's side, by which coordinates may leave it, as in a label file
 
 
 @dataclass
@@ -83,7 +83,8 @@ class Table:
             shape: height and width of the image itself, in pixels.
 
         Raises:
-            ValueError: the file is about another size, or an object leaves the image.
+            ValueError: the file is about another size, or an object leaves the image. It does where its line in a label
+                file would: by its middle, its sides and its points, so that the same numbers are the same labels.
         """
         height, width = shape
         said = tuple(self.arrays["shapes"][row].tolist())
@@ -94,13 +95,16 @@ class Table:
         points: list[np.ndarray] = []
         if len(ends):
             scale = (width, height, 1)[: self.dimensions]
-            bounds = pairwise(ends[first : end + 1].tolist())
-            points = [self.arrays["points"][a:b].reshape(-1, self.dimensions) / scale for a, b in bounds]
+            bounds = (ends[first : end + 1] - ends[first]) // self.dimensions
+            whole = self.arrays["points"][ends[first] : ends[end]].reshape(-1, self.dimensions) / scale
+            points = [whole[a:b] for a, b in pairwise(bounds.tolist())]
+            seen = whole[whole[:, 2] > 0] if self.dimensions == 3 else whole  # other keypoints may be anywhere
+            if (lost := is_outside(seen[:, :2])).any():
+                x, y = (seen[lost][0, :2] * (width, height)).tolist()
+                raise ValueError(f"the point {x:g}, {y:g} leaves its image of {width}x{height} px")
         sides = np.array((width, height), np.float64)
         table = np.concatenate(((boxes[:, :2] + boxes[:, 2:] / 2) / sides, boxes[:, 2:] / sides), 1)
-        low, high = boxes[:, :2] / sides, (boxes[:, :2] + boxes[:, 2:]) / sides
-        outside = ((low < -OUTSIDE) | (high > 1 + OUTSIDE)).any(1)
-        if outside.any():
+        if (outside := is_outside(table)).any():
             box = boxes[outside][0].tolist()
             raise ValueError(f"the bbox {box} (left, top, width, height) leaves its image of {width}x{height} px")
         cls = np.array([self.classes[id_] for id_ in self.arrays["category"][first:end].tolist()], np.float64)
@@ -115,6 +119,11 @@ class Table:
         """
         boxes: np.ndarray = self.arrays["boxes"][self.arrays["first"][rows] + numbers]
         return boxes
+
+
+def is_outside(shares: np.ndarray) -> np.ndarray:
+    """(n,) bool: whether one of the coordinates (n, k), shares of an image's sides, leaves it too far."""
+    return np.asarray(((shares < -OUTSIDE) | (shares > 1 + OUTSIDE)).any(1))
 
 
 def images_of(table: Path) -> Path:
