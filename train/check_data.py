@@ -31,10 +31,10 @@ from tqdm import tqdm
 from train.config.errors import InputError
 from train.config.options import Data
 from train.config.words import in_bytes, printable
+from train.data.coco_findings import of_annotations
 from train.data.files import annotation_files, find_data
 from train.data.findings import LEVELS, Finding, as_json, dumped, to_text
 from train.data.index import Index
-from train.data.label_findings import of_annotations
 from train.data.labels import Labels
 from train.data.listing import DataFiles
 from train.data.looks import look_at

@@ -17,7 +17,8 @@ from tests.data.test_huggingface import write_parquet
 from tests.data.test_voc import as_xml
 from train import check_data
 from train.check_data import Options
-from train.data import looks
+from train.data import coco_findings, looks
+from train.data.coco_findings import of_annotations
 from train.data.label_findings import label_faults
 
 HIGH, WIDE = 240, 320
@@ -320,7 +321,6 @@ def test_a_data_set_in_cocos_form(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert kinds(report) == {
         ("box of no size", name, "annotation 100"),
         ("coordinate outside the image", name, "annotation 101"),
-        ("coordinate outside the image", name, ""),
         ("duplicate box", name, "annotation 4"),
         ("duplicate box", name, "annotation 102"),
         ("image without label", "extra.jpg", ""),
@@ -333,6 +333,63 @@ def test_a_data_set_in_cocos_form(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert kept["info"] == {"year": 2026}
     assert {one["id"]: one["bbox"] for one in kept["annotations"]}[101] == [300, 200, 20, 40]
     assert len(kept["annotations"]) == 13
+
+
+BOX = [30, 40, 60, 50]
+ANNOTATION = {"id": 1, "image_id": 0, "category_id": 1, "bbox": BOX, "area": 3000, "iscrowd": 0}
+
+
+def told(tmp_path: Path, *changes: dict | None, **parts: object) -> list[tuple[str, str]]:
+    """Kind and place of what is said of a file of an image of 320 by 240 px and such annotations."""
+    annotations = [ANNOTATION | {"id": number} | (one or {}) for number, one in enumerate(changes, 1)]
+    annotations = [{key: value for key, value in one.items() if value != "none"} for one in annotations]
+    image = {"id": 0, "file_name": "a.jpg", "width": WIDE, "height": HIGH}
+    content = {"images": [image], "annotations": annotations, "categories": [{"id": 1, "name": "cat"}]} | parts
+    (tmp_path / "a.json").write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+    return [(one.kind, one.where) for one in of_annotations("train", str(tmp_path / "a.json"))]
+
+
+def test_a_box_of_coco_may_leave_its_image_as_far_as_the_reader_lets_it(tmp_path: Path):
+    edges = [-1e-9, 40, 60, 50], [100.0, 150, 220.3, 90], [300, 90, 30, 50], [300, 60, 80, 50]
+    said = told(tmp_path, *({"bbox": box} for box in edges))
+    assert said == [("box over the edge", "annotation 3"), ("coordinate outside the image", "annotation 4")]
+
+
+def test_a_file_of_coco_needs_no_ids_and_none_that_are_numbers(tmp_path: Path):
+    far = {"bbox": [200, 100, 60, 50]}
+    assert told(tmp_path, {"id": "none"}, {"id": "none"} | far) == [("annotations without ids", "")]
+    assert told(tmp_path, {}, {"id": 1} | far) == [("id that is there twice", "entry 2 of `annotations`")]
+    images = [{"id": "0", "file_name": "a.jpg", "width": WIDE, "height": HIGH}]
+    said = told(tmp_path, {"image_id": "0"}, {"image_id": "0", "bbox": [5, 5, 0, 9]}, images=images)
+    assert said == [("box of no size", "annotation 2")]
+
+
+def test_boxes_of_coco_that_are_none_are_told_each_and_crowds_lie_where_they_will(tmp_path: Path):
+    said = told(tmp_path, {"bbox": [50, 50, -20, 10]}, {"bbox": [1, 2, 3]}, {"bbox": None}, {"iscrowd": 1}, None)
+    unreadable = [("labels that cannot be read", f"annotation {number}") for number in (2, 3)]
+    assert said == [("negative size", "annotation 1"), *unreadable]
+    twice = [("duplicate box", f"annotation {number}") for number in (1, 2)]
+    assert told(tmp_path, None, None) == twice
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(coco_findings, "hotcoco", None)
+        assert told(tmp_path, None, None, {"bbox": [30, 40, 60, 50.1]}) == twice
+    assert told(tmp_path, None, categories=None) == []  # the reader says so
+
+
+def test_masks_and_keypoints_that_are_none_are_told(tmp_path: Path):
+    whole, far = {"segmentation": [[30, 40, 90, 40, 90, 90]]}, {"bbox": [200, 100, 60, 50]}
+    runs = {"size": [HIGH, WIDE], "counts": [5, HIGH * WIDE - 5]}
+    (masks,) = {kind for kind, _ in told(tmp_path, whole, {"segmentation": []} | far)}
+    assert masks == "segmentation that is none"
+    for wrong in ([[1, 2, 3]], {**runs, "counts": [5]}, "none"):
+        assert told(tmp_path, whole, {"segmentation": wrong} | far) == [(masks, "annotation 2")]
+    assert told(tmp_path, whole, {"segmentation": runs} | far) == []
+    assert told(tmp_path, {"segmentation": []}, {"segmentation": []} | far) == []  # boxes alone, by Roboflow
+    points = [40, 50, 2, 60, 70, 1]
+    for wrong in (points[:5], points[:3], [*points[:5], "x"]):
+        others = {"keypoints": points}, {"keypoints": points, "bbox": [1, 1, 5, 5]}
+        said = told(tmp_path, others[0], {"keypoints": wrong} | far, others[1])
+        assert said == [("keypoints that are none", "annotation 2")]
 
 
 def test_no_name_leads_out_of_the_copy(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -356,7 +413,8 @@ def test_all_that_is_wrong_with_a_file_that_cannot_be_read_is_told(tmp_path: Pat
     assert code == 1
     assert {(one["kind"], one["where"]) for one in report["findings"]} == {
         ("data set that cannot be used", ""),
-        *(("annotation that cannot be placed", f"annotation {id_}") for id_ in (1, 3, 5)),
+        *(("annotation that cannot be placed", f"annotation {id_}") for id_ in (3, 5)),
+        ("id that is there twice", "entry 9 of `annotations`"),
     }
 
 

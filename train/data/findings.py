@@ -28,10 +28,14 @@ KINDS = {
     "box over the edge": "warning",
     "box of no size": "warning",
     "duplicate box": "warning",
+    "id that is there twice": "warning",
+    "segmentation that is none": "warning",
+    "keypoints that are none": "warning",
     "duplicate image": "warning",
     "image in two splits": "warning",
     "label without image": "warning",
     "class without training": "warning",
+    "annotations without ids": "note",
     "image without label": "note",
     "image turned by EXIF": "note",
     "class without a box": "note",
@@ -39,6 +43,8 @@ KINDS = {
     "classes of unequal numbers": "note",
     "tiny box": "note",
 }
+# What is said of a box over the edge, in every form
+OVER = "its box leaves the image by {:.0%} of a side, and is trained on, for its middle is inside"
 
 
 @dataclass(frozen=True)

@@ -126,6 +126,13 @@ def is_outside(shares: np.ndarray) -> np.ndarray:
     return np.asarray(((shares < -OUTSIDE) | (shares > 1 + OUTSIDE)).any(1))
 
 
+def over_edge(boxes: np.ndarray) -> np.ndarray:
+    """By which share of the image's side each of the boxes (n, 4), xywh normalised, leaves it; below 0 inside."""
+    low, high = boxes[:, :2] - boxes[:, 2:] / 2, boxes[:, :2] + boxes[:, 2:] / 2
+    over: np.ndarray = np.maximum(-low, high - 1).max(1)
+    return over
+
+
 def images_of(table: Path) -> Path:
     """The folder of the images that were in the files of this table."""
     return table.with_name(table.name.removesuffix(ENDING) + INSIDE)
