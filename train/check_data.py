@@ -204,7 +204,8 @@ def summary(found: list[Finding], folder: Path) -> list[str]:
     lines = []
     for level, meaning in LEVELS.items():
         kinds = Counter(one.kind for one in found if one.level == level)
-        lines += [f"{sum(kinds.values())} {level}s ({meaning})"] if kinds else []
+        total = sum(kinds.values())
+        lines += [f"{total} {level}{'s' * (total > 1)} ({meaning})"] if total else []
         for kind, number in kinds.items():
             lines.append(f"  {kind}: {number}")
             lines += [f"    {one}" for one in [one for one in found if one.kind == kind][:SHOWN]]

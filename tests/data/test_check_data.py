@@ -19,6 +19,7 @@ from train import check_data
 from train.check_data import Options
 from train.data import coco_findings, looks
 from train.data.coco_findings import of_annotations
+from train.data.findings import Finding
 from train.data.label_findings import label_faults
 
 HIGH, WIDE = 240, 320
@@ -494,6 +495,12 @@ def test_a_split_that_is_not_there_leaves_the_others(tmp_path: Path, capsys: pyt
     assert code == 1
     assert [one["kind"] for one in report["findings"]] == ["split that cannot be used"]
     assert [*report["splits"]] == ["train"]
+
+
+def test_one_of_a_level_is_one(tmp_path: Path):
+    one = Finding("negative size", "train", "a.txt", "line 3", "has a negative width")
+    assert check_data.summary([one], tmp_path)[0].startswith("1 error (")
+    assert check_data.summary([one, one], tmp_path)[0].startswith("2 errors (")
 
 
 def test_exit_codes(tmp_path: Path):

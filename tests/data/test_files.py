@@ -140,6 +140,9 @@ def test_exports_of_cvats_as_they_are_unzipped(before: str, tmp_path: Path):
             place = tmp_path / form / folder.format(name)
             assert data.images(split) == [str(place / "a.jpg"), str(place / "b.jpg")]
         assert [entry.cls.tolist() for entry in to_train_on(data, TrainConfig(), accelerator)] == [[1], [1]]
+    (tmp_path / "darknet" / "obj.data").write_text("train = train.txt\n")
+    with pytest.raises(InputError, match=r"obj\.data names no `val` images; add a line `valid = valid\.txt`"):
+        find_data(str(tmp_path / "darknet")).images("val")
     for text, message in (
         ("", r"obj\.names names 0 classes; it must be from 1 to 100000, one in a line"),
         ("cat\n\ncat\n", r"obj\.names: the classes 0 and 1 are both named 'cat'"),

@@ -109,6 +109,14 @@ def test_what_an_image_cannot_be_used_for_is_said(tmp_path: Path, accelerator: A
     assert "a.xml: cannot be read (No such file" in labels.faults[0]
 
 
+def test_a_list_that_cvat_calls_default_is_named(tmp_path: Path):
+    lists = folder_of(tmp_path, "") / "ImageSets" / "Main"
+    (lists / "test.txt").unlink()
+    (lists / "trainval.txt").rename(lists / "default.txt")
+    with pytest.raises(InputError, match=r"Main/default\.txt is there: call it train\.txt, and the list"):
+        find_data(str(tmp_path))
+
+
 def test_an_object_that_is_there_twice_counts_once(tmp_path: Path, accelerator: Accelerator):
     boxes = [("cat", [8, 4, 16, 8]), ("cat", [0, 4, 16, 8]), ("cat", [8, 4, 16, 8]), ("dog", [8, 4, 16, 8])]
     data = find_data(str(folder_of(tmp_path, as_xml([(name, [*box]) for name, box in boxes], 64, 32))))

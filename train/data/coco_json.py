@@ -179,17 +179,19 @@ def _categories(entries: list[Any]) -> list[dict[str, Any]]:
 
 
 def _whole(values: list[Any], key: str, beyond: int = EXACT) -> np.ndarray:
-    """Whole numbers; OverflowError where one is too large, ValueError or TypeError where one is none."""
+    """Whole numbers; OverflowError where one is too large, Odd where the only one is none."""
     try:
         numbers = np.array(values, np.int64)
         large = (numbers >= beyond) | (numbers <= -beyond)
     except OverflowError:
         large = np.ones(1, bool)
+    except (ValueError, TypeError):
+        raise Odd(f"has {str(values[0])[:60]!r} as `{key}`, not a whole number") from None
     if large.any():
         number = max((int(value) for value in values), key=abs)
         raise OverflowError(f"`{key}` is {str(number)[:40]}, and must be below {beyond}")
     if numbers.ndim != 1:
-        raise TypeError
+        raise Odd(f"has {str(values[0])[:60]!r} as `{key}`, not a whole number")
     return numbers
 
 

@@ -127,6 +127,8 @@ def _of_folder(folder: Path) -> tuple[Path, DataYaml]:
         return folder / OBJ_DATA, read_obj_data(folder / OBJ_DATA)
     if not found:
         hint = f" {deeper} is such a folder; name that." if (deeper := parquet_below(folder)) else ""
+        if lists := sorted(folder.glob("ImageSets/Main/*.txt")):  # CVAT calls its only one default.txt
+            hint = f" {lists[0]} is there: call it train.txt, and the list of the images to validate on val.txt."
         raise InputError(
             f"--data is {str(folder)!r}, a folder without a data YAML, which lists train, val and names, without "
             f"train/{EXPORTED}, without VOC's Annotations and ImageSets/Main/train.txt, without Hugging "

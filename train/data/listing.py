@@ -39,9 +39,14 @@ class DataFiles(Objects):
         entries = self.splits.get(split)
         if not entries and os.path.isdir(self.name):
             there = ", ".join(self.splits)
-            raise InputError(f"{self.name} has no `{split}` images, but {there}; --split names another to validate on.")
+            raise InputError(
+                f"{self.name} has no `{split}` images, but {there}; train/validate.py --split takes another."
+            )
         if not entries:
-            raise InputError(f"{self.name} names no `{split}` images; add a line `{split}: folder-or-list.txt`.")
+            line = f"{split}: folder-or-list.txt"
+            if self.name.endswith(".data"):  # Darknet's
+                line = "valid = valid.txt" if split == "val" else f"{split} = {split}.txt"
+            raise InputError(f"{self.name} names no `{split}` images; add a line `{line}`.")
         if isinstance(entries, dict):
             return self._annotated(split, entries)
         files: list[str] = []
