@@ -40,7 +40,7 @@ from train.data.listing import DataFiles
 from train.data.looks import look_at
 from train.data.mended import check_place, mend
 from train.data.scan import index_folder, read_index
-from train.data.set_findings import class_counts, findings
+from train.data.set_findings import by_their_files, class_counts, findings
 from train.processes.devices import launched
 from train.processes.files import check_folder, new_folder
 from train.reporting.plots import draw_labels, draw_samples
@@ -101,9 +101,10 @@ def main(options: Options) -> int:
         looks = {split: look_at(index, index_folder(config), counted) for split, index in indexes.items()}
         found += findings(data, indexes, looks, options.imgsz, counted) if indexes else []
     folder = new_folder(Path("runs") / "check", "data", options.save_dir)
-    (folder / "findings.txt").write_text(to_text(found), encoding="utf-8", errors="backslashreplace")
+    told = by_their_files([*found], data, indexes) if data is not None else found
+    (folder / "findings.txt").write_text(to_text(told), encoding="utf-8", errors="backslashreplace")
     inside = contents(data, indexes) if data is not None else {}
-    for line in [*table(inside), *summary(found, folder)]:
+    for line in [*table(inside), *summary(told, folder)]:
         say(line)
     if data is not None:
         draw(data, indexes, config, folder)
@@ -114,7 +115,7 @@ def main(options: Options) -> int:
             say(line)
     say(f"took {time.perf_counter() - begun:.1f} s; pictures and all faults are in {folder}")
     if options.json:
-        print(dumped(inside | {"findings": as_json(found)}))
+        print(dumped(inside | {"findings": as_json(told)}))
     return 1 if any(one.level == "error" for one in found) else 0
 
 

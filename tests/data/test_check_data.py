@@ -434,17 +434,19 @@ def test_a_data_set_in_vocs_form(tmp_path: Path, capsys: pytest.CaptureFixture[s
     (folder / "Annotations" / "1.xml").write_text(as_xml(twice, WIDE, HIGH))
     (folder / "Annotations" / "2.xml").write_text("<annotation>")
     (folder / "Annotations" / "3.xml").write_text(as_xml([*BOXES, BOXES[0]], WIDE, HIGH))
-    (folder / "Annotations" / "5.xml").write_text(as_xml([*BOXES, ("cat", [300, 9, 30, 30])], WIDE, HIGH))
+    edge = as_xml([("cat", [1, 1, 9, 9]), *BOXES, ("cat", [300, 9, 30, 30])], WIDE, HIGH)
+    hard = edge.replace("<bndbox>", "<difficult>1</difficult><bndbox>", 1)  # it is not trained on, and counts
+    (folder / "Annotations" / "5.xml").write_text(hard)
     (folder / "Annotations" / "4.xml").write_text(as_xml([*BOXES, ("cat", [9, 9, 0, 5])], WIDE, HIGH))
     code, report = check(folder, tmp_path, capsys, fix=str(tmp_path / "mended"))
     assert code == 1
-    assert {(kind, name) for kind, name, _ in kinds(report)} == {
-        ("coordinate outside the image", "train.txt"),
-        ("duplicate box", "1.jpg"),
-        ("duplicate box", "3.jpg"),
-        ("box of no size", "4.jpg"),
-        ("box over the edge", "5.jpg"),
-        ("labels that cannot be read", "train.txt"),
+    assert kinds(report) == {
+        ("coordinate outside the image", "0.xml", "object 3"),
+        ("duplicate box", "1.xml", "object 3"),
+        ("duplicate box", "3.xml", "object 3"),
+        ("box of no size", "4.xml", "object 3"),
+        ("box over the edge", "5.xml", "object 4"),
+        ("labels that cannot be read", "2.xml", ""),
     }
     code, report = check(tmp_path / "mended", tmp_path, capsys)
     assert (code, report["findings"]) == (0, [])
@@ -474,12 +476,16 @@ def test_a_data_set_in_hugging_faces_form(tmp_path: Path, capsys: pytest.Capture
     rows[3] = ({"bytes": rows[4][0]["bytes"], "path": "3.jpg"}, objects)
     code, report = check(written(tmp_path / "worse"), tmp_path, capsys, fix=str(tmp_path / "mended"))
     assert code == 1
-    assert {(kind, name) for kind, name, _ in kinds(report)} == {
-        ("coordinate outside the image", "train-00000-of-00001.parquet"),
-        ("duplicate box", "1.jpg"),
-        ("image that cannot be read", "2.jpg"),
-        ("duplicate image", "4.jpg"),
+    assert kinds(report) == {
+        (kind, "train-00000-of-00001.parquet", where)
+        for kind, where in (
+            ("coordinate outside the image", "row 1, object 3"),
+            ("duplicate box", "row 2, object 3"),
+            ("image that cannot be read", "row 3"),
+            ("duplicate image", "row 5"),
+        )
     }
+    assert "it is 3.jpg again, byte for byte" in {one["what"] for one in report["findings"]}
     code, report = check(tmp_path / "mended", tmp_path, capsys)
     assert (code, report["findings"]) == (0, [])
     assert report["splits"]["train"] | {"images": 4, "boxes": 9} == report["splits"]["train"]

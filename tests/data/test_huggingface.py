@@ -166,7 +166,7 @@ def test_the_names_of_the_classes(tmp_path: Path, accelerator: Accelerator):
     write_parquet(folder / "test.parquet", [(image, [BOX | {"category": "box"}])], names=None, kind=pl.String)
     data = find_data(str(folder))
     assert data.names == {0: "box", 1: "disc", 2: "wedge"}  # by the alphabet, of all splits
-    with pytest.raises(InputError, match=r"words has no `val` images, but train, test; --split names another"):
+    with pytest.raises(InputError, match=r"words has no `val` images, but train, test; --split of a training or val"):
         data.images("val")
     assert to_train_on(data, TrainConfig(), accelerator)[0].cls.tolist() == [2, 1]
     folder = folder_of(tmp_path / "numbers", [(image, [BOX])], names=None)

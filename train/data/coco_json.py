@@ -256,7 +256,7 @@ def said_by_coco(file: str, carries: Carries, source: str) -> Said:
             raise InputError(f"{source} lists the image {twice} twice; give it one entry.")
         place = np.empty(len(files), np.int64)
         place[order] = np.arange(len(files))
-        wanted = (content.crowd == 0) & (content.boxes[:, 2:] > 0).all(1)
+        wanted = content.crowd == 0
         if carries == "keypoints":
             wanted &= np.array([one["num_keypoints"] for one in content.beside], bool)
         kept = np.flatnonzero(wanted)

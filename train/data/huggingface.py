@@ -78,34 +78,38 @@ class _Read:
     image: list[int] = field(default_factory=list)
     category: list[int] = field(default_factory=list)
     boxes: list[list[float]] = field(default_factory=list)
+    numbers: list[int] = field(default_factory=list)  # of the objects in their rows
+    places: list[tuple[str, str]] = field(default_factory=list)  # of the rows
 
-    def add(self, file: str, objects: Any, fault: str, where: str) -> None:
+    def add(self, file: str, objects: Any, fault: str, place: tuple[str, str]) -> None:
         """Add an image and its objects, or what is wrong with it or with one of them.
 
         Args:
             file: its name.
             objects: as its row has them.
             fault: why the image cannot be used.
-            where: the row is, for a message.
+            place: of the row, its file and where in it.
         """
         row = len(self.files)
         self.files.append(file)
+        self.places.append(place)
         try:
             if fault:
                 raise ValueError(fault)
             there = [entry or {} for entry in one_by_one(objects)]
             kept = [
-                read_object(entry, number, self.names)
+                (number, *read_object(entry, number, self.names))
                 for number, entry in enumerate(there, 1)
                 if not any(entry.get(key) for key in CROWD)
             ]
         except ValueError as error:
-            self.faults[row] = f"{where}: {error}"
+            self.faults[row] = f"{os.path.basename(place[0])}: {place[1]}: {error}"
             return
-        for category, box in kept:
+        for number, category, box in kept:
             self.image.append(row)
-            number = category if isinstance(category, int) else self.found.setdefault(category, len(self.found))
-            self.category.append(number)
+            self.numbers.append(number)
+            known = category if isinstance(category, int) else self.found.setdefault(category, len(self.found))
+            self.category.append(known)
             self.boxes.append(box)
 
     def said(self) -> Said:
@@ -125,6 +129,8 @@ class _Read:
             names=self.names or {number: name for name, number in self.found.items()},
             numbered=bool(self.names),
             faults={int(place[row]): fault for row, fault in self.faults.items()},
+            numbers=np.array(self.numbers, np.int64)[by_image],
+            places=[self.places[row] for row in order],
             inside=True,
         )
 
@@ -178,7 +184,7 @@ def said_by_parquet(
                     data, path, fault = _image(image, beside)
                     name = _stem(path, len(read.files), read.stems) + _ending(data)
                     (draft / name).write_bytes(data)
-                    read.add(name, objects, fault, f"{os.path.basename(one.file)}: row {number}")
+                    read.add(name, objects, fault, (one.file, f"row {number}"))
                     if not len(read.files) % -(-total // 10) and time.monotonic() - spoken > QUIET:
                         spoken = time.monotonic()
                         say(f"{len(read.files)} of {total} images written to {images.parent}")

@@ -1,5 +1,7 @@
 """What is wrong with labels, line by line or annotation by annotation, and which boxes are seldom meant."""
 
+import os
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -93,19 +95,20 @@ class _Files(Sequence[dict[str, Any]]):
 def of_labels(split: str, index: Index, data: DataFiles, counted: Counted) -> Iterator[Finding]:
     """Images and labels that cannot be used, and what label files and annotation files say that is seldom meant."""
     table = Table(*data.tables[split]) if split in data.tables else None
+    place = _Places(index, table)
     for row, text in index.faults().items():
         file = index.file(row)
         what = text.removeprefix(f"{file}: ")
         if what != text:
             yield Finding("image that cannot be read", split, file, "", what)
         elif table is not None:
-            source, _, what = text.partition(": ")
-            told = data.annotations(split) and table.arrays["shapes"][row].all()  # by annotation, then
-            if _kind(what) != "coordinate outside the image" or not told:
-                yield Finding(_kind(what), split, source, "", what)
+            kind = _kind(what)
+            if kind == "coordinate outside the image" and table.arrays["shapes"][row].all() and not place.places:
+                continue  # it is told by annotation
+            yield Finding(kind, split, *place.of_fault(row, text.removeprefix(f"{table.source}: "), table.source))
     if table is not None:
         coco = data.annotations(split)
-        yield from of_annotations(split, coco) if coco else _of_left_out(split, index, table)
+        yield from of_annotations(split, coco) if coco else _of_left_out(split, table, place)
         return
     row = 0
     for block in spread(by_workers(_Files(index, data)), len(index), counted):
@@ -115,14 +118,44 @@ def of_labels(split: str, index: Index, data: DataFiles, counted: Counted) -> It
             row += 1
 
 
-def _of_left_out(split: str, index: Index, table: Table) -> Iterator[Finding]:
+class _Places:
+    """Where it is said what is on an image; where that is no place of its own, the image itself."""
+
+    def __init__(self, index: Index, table: Table | None):
+        self.index, self.places = index, table.places if table is not None else []
+        self.arrays = table.arrays if table is not None else {}
+
+    def __call__(self, row: int, number: int | None = None) -> tuple[str, str]:
+        """File and place of an image, or of an object of it by its number there."""
+        if not self.places:
+            return self.index.file(row), ""
+        file, where = self.places[row]
+        return file, ", ".join(filter(None, (where, f"object {number}" if number else "")))
+
+    def of_fault(self, row: int, text: str, source: str) -> tuple[str, str, str]:
+        """File, place and words of a fault that begins with its image, and says by itself which object it is of."""
+        if not self.places:
+            return source, "", text
+        what = text.removeprefix(f"{self.index.file(row)}: ")
+        file, where = self.places[row]
+        for begin in (file, os.path.basename(file), where):  # as readers name them
+            what = what.removeprefix(f"{begin}: ")
+        number = re.match(r"object (\d+):? ", what)
+        return *self(row, int(number[1]) if number else None), what.removeprefix(number[0] if number else "")
+
+    def number(self, row: int, i: int) -> int:
+        """Of the box that is the i-th of an image that is trained on, its number where it is said, from 1."""
+        return int(self.arrays["numbers"][self.arrays["first"][row] + i]) if self.places else i + 1
+
+
+def _of_left_out(split: str, table: Table, place: _Places) -> Iterator[Finding]:
     """Objects of an annotation file that its table is without."""
     for row, (sizeless, again) in table.left_out.items():
-        file = index.file(row)
-        if sizeless:
-            yield Finding("box of no size", split, file, "", f"{sizeless} of its boxes have no size, and are left out")
-        if again:
-            yield Finding("duplicate box", split, file, "", f"{again} of its boxes are another again, and count once")
+        for number in sizeless:
+            what = "its box has no width or no height; it is left out"
+            yield Finding("box of no size", split, *place(row, number), what)
+        for number in again:
+            yield Finding("duplicate box", split, *place(row, number), "it is an earlier one again, and counts once")
 
 
 def of_boxes(split: str, index: Index, data: DataFiles, imgsz: int) -> Iterator[Finding]:
@@ -139,16 +172,18 @@ def of_boxes(split: str, index: Index, data: DataFiles, imgsz: int) -> Iterator[
         yield Finding("tiny box", split, index.file(int(row)), "", what)
     far = over_edge(index.boxes)
     annotated = bool(data.annotations(split))  # then each annotation is looked at
-    for i in np.flatnonzero(far > OUTSIDE).tolist() if split in data.tables and not annotated else ():
-        yield Finding("box over the edge", split, index.file(int(image[i])), "", OVER.format(far[i]))
+    place = _Places(index, Table(*data.tables[split]) if split in data.tables and not annotated else None)
+    for i in np.flatnonzero(far > OUTSIDE).tolist() if place.places else ():
+        number = place.number(image[i], i - index.first[image[i]])
+        yield Finding("box over the edge", split, *place(image[i], number), OVER.format(far[i]))
     if annotated:
         return
-    places = (index.boxes[:, :2] - index.boxes[:, 2:] / 2, index.boxes[:, 2:])
-    lying = lying_on_another(image, index.cls, np.concatenate(places, 1) * np.tile(shapes[:, ::-1], 2))
+    corners = (index.boxes[:, :2] - index.boxes[:, 2:] / 2, index.boxes[:, 2:])
+    lying = lying_on_another(image, index.cls, np.concatenate(corners, 1) * np.tile(shapes[:, ::-1], 2))
     keys = image[lying] * (len(data.names) + 1) + index.cls[lying].clip(0, len(data.names))
     for key in np.unique(keys).tolist():
         row, cls = divmod(key, len(data.names) + 1)
         name = data.names.get(cls, str(cls))
-        places = (lying[keys == key] - index.first[row] + 1).tolist()
-        what = f"its boxes {', '.join(map(str, places))} of {name} lie on each other (IoU above 0.95)"
-        yield Finding("duplicate box", split, index.file(row), "", what)
+        numbers = [place.number(row, i) for i in (lying[keys == key] - index.first[row]).tolist()]
+        what = f"its boxes {', '.join(map(str, numbers))} of {name} lie on each other (IoU above 0.95)"
+        yield Finding("duplicate box", split, *place(row, numbers[-1]), what)

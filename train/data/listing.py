@@ -40,7 +40,7 @@ class DataFiles(Objects):
         if not entries and os.path.isdir(self.name):
             there = ", ".join(self.splits)
             raise InputError(
-                f"{self.name} has no `{split}` images, but {there}; train/validate.py --split takes another."
+                f"{self.name} has no `{split}` images, but {there}; --split of a training or validation names one."
             )
         if not entries:
             line = f"{split}: folder-or-list.txt"

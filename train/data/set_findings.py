@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 
@@ -12,6 +13,7 @@ from train.data.labels import ragged
 from train.data.listing import DataFiles, label_file
 from train.data.looks import ENDINGS, FORMATS, SIDE, Looks, copies
 from train.data.scan import Counted
+from train.data.tables import Table
 
 BESIDE = ("txt", "xml", "json", "csv", "yaml", "yml", "cache", "names", "data", "md", "npy", "parquet")
 NAME_LISTS = ("classes.txt", "labels.txt", "obj.names")  # that labelling tools leave beside their labels
@@ -42,6 +44,23 @@ def findings(
         yield from of_boxes(split, index, data, imgsz)
     yield from _of_copies(indexes, looks)
     yield from _of_classes(data, indexes)
+
+
+def by_their_files(found: list[Finding], data: DataFiles, indexes: dict[str, Index]) -> list[Finding]:
+    """The findings, where images were inside files by these and their rows: nobody knows what is written out of them.
+
+    Args:
+        found: all of them.
+        data, indexes: see `findings`.
+    """
+    for split, index in indexes.items():
+        table = Table(*data.tables[split]) if split in data.tables else None
+        if table is not None and table.images is not None:
+            rows = {index.file(row): place for row, place in enumerate(table.places)}
+            for i, one in enumerate(found):
+                file, where = rows.get(one.file, (one.file, one.where))
+                found[i] = replace(one, file=file, where=where, what=one.what.replace(f"{table.images}/", ""))
+    return found
 
 
 def _of_files(indexes: dict[str, Index], data: DataFiles) -> Iterator[Finding]:

@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,7 @@ from train.config.errors import InputError
 from train.data.arrays import fault_of, open_arrays, remove_unused, write_arrays
 from train.processes.holders import remove_unheld
 
-VERSION = 2  # of the readers
+VERSION = 3  # of the readers
 ENDING = f".table{VERSION}"
 INSIDE = f".inside{VERSION}"  # of a folder of images that were in the files themselves
 OUTSIDE = 0.01  # of the image's side, by which coordinates may leave it, as in a label file
@@ -40,6 +40,8 @@ class Said:
     numbered: bool = True  # whether these ids are the file's own, and so the order of the classes
     keypoint_names: tuple[str, ...] = ()
     faults: dict[int, str] = field(default_factory=dict)  # by image why what is said of it cannot be used
+    numbers: np.ndarray | None = None  # (m,) of each object where its image is said, from 1; unset of COCO
+    places: list[tuple[str, str]] = field(default_factory=list)  # by image file and place in it; empty of COCO
     inside: bool = False  # whether the images were in the files, and are now in `images_of` the table
 
 
@@ -59,7 +61,7 @@ class Table:
         self.names = {int(id_): name for id_, name in json.loads(about["names"])}
         self.keypoint_names = tuple(json.loads(about["keypoint_names"]))
         self.faults = {int(row): fault for row, fault in json.loads(about["faults"]).items()}
-        # By image how many of its objects have no size, and how many are another again: they are not in the arrays
+        # By image numbers of its objects without a size, and of those that are another again: they are left out
         self.left_out = {int(row): numbers for row, numbers in json.loads(about["left_out"]).items()}
         self.classes = dict(classes)
 
@@ -68,6 +70,12 @@ class Table:
         """Paths of the images, sorted."""
         text = os.fsdecode(self.arrays["paths"].tobytes())
         return text.split("\0") if text else []
+
+    @property
+    def places(self) -> list[tuple[str, str]]:
+        """By image the file, and the place in it, that says what is on it; empty where one file says all."""
+        parts = iter(os.fsdecode(self.arrays["places"].tobytes()).split("\0") if len(self.arrays["places"]) else ())
+        return [*zip(parts, parts, strict=True)]
 
     @property
     def keypoints(self) -> int:
@@ -106,7 +114,9 @@ class Table:
         table = np.concatenate(((boxes[:, :2] + boxes[:, 2:] / 2) / sides, boxes[:, 2:] / sides), 1)
         if (outside := is_outside(table)).any():
             box = boxes[outside][0].tolist()
-            raise ValueError(f"the bbox {box} (left, top, width, height) leaves its image of {width}x{height} px")
+            numbers = self.arrays["numbers"]
+            which = f"object {numbers[first + outside.argmax()]}: the" if len(numbers) else "the"
+            raise ValueError(f"{which} bbox {box} (left, top, width, height) leaves its image of {width}x{height} px")
         cls = np.array([self.classes[id_] for id_ in self.arrays["category"][first:end].tolist()], np.float64)
         return cls, table, points
 
@@ -226,7 +236,10 @@ def _packed(said: Said, file: str) -> tuple[dict[str, np.ndarray], dict[str, str
     points = [said.points[i] for i in kept] if said.points else []
     counts = np.bincount(said.image[kept], minlength=len(said.files))
     sizes = np.array([one.size for one in points], np.int64)
+    numbers = said.numbers[kept] if said.numbers is not None else ()
     arrays: dict[str, np.ndarray] = {
+        "numbers": np.array(numbers, np.int32),
+        "places": np.frombuffer(os.fsencode("\0".join(chain.from_iterable(said.places))), np.uint8),
         "paths": np.frombuffer(os.fsencode("\0".join(said.files)), np.uint8),
         "shapes": said.shapes.astype(np.int32),
         "first": np.append(0, np.cumsum(counts)).astype(np.int64),
@@ -246,12 +259,12 @@ def _packed(said: Said, file: str) -> tuple[dict[str, np.ndarray], dict[str, str
     }
 
 
-def _each_once(said: Said) -> tuple[np.ndarray, dict[int, list[int]]]:
+def _each_once(said: Said) -> tuple[np.ndarray, dict[int, list[list[int]]]]:
     """Places of the objects that have a size, without those of an image that are there twice, which count once, as in a
-    label file; and by image how many have none, and how many are another again.
+    label file; and by image the numbers of those that have none, and of those that are another again.
     """
     kept: list[int] = []
-    left_out: dict[int, list[int]] = {}
+    left_out: dict[int, list[list[int]]] = {}
     sized: list[bool] = np.min(said.boxes.reshape(-1, 4)[:, 2:] > 0, axis=1, initial=True).tolist()
     ends = np.searchsorted(said.image, np.arange(len(said.files) + 1))
     for row, (first, end) in enumerate(pairwise(ends.tolist())):
@@ -262,9 +275,14 @@ def _each_once(said: Said) -> tuple[np.ndarray, dict[int, list[int]]]:
                 rows.setdefault(said.category[i].tobytes() + said.boxes[i].tobytes() + points, i)
         kept += rows.values()
         if len(rows) < end - first:
-            there = sum(sized[first:end])
-            left_out[row] = [end - first - there, there - len(rows)]
+            there = {*rows.values()}
+            gone = [i for i in range(first, end) if i not in there]
+            left_out[row] = [[_number(said, i) for i in gone if sized[i] is kind] for kind in (False, True)]
     return np.array(kept, np.int64), left_out
+
+
+def _number(said: Said, i: int) -> int:
+    return int(said.numbers[i]) if said.numbers is not None else 0
 
 
 def mirrored(names: Sequence[str]) -> tuple[int, ...]:

@@ -78,6 +78,8 @@ def said_by_voc(listed: str, images: str) -> Said:
     image: list[int] = []
     category: list[int] = []
     boxes: list[list[float]] = []
+    numbers: list[int] = []
+    places = [(file, "") for file in xmls]
     for row, (file, stem) in enumerate(zip(xmls, stems, strict=True)):
         files.append(stem + endings.get(stem, ".jpg"))
         shape = (0, 0)
@@ -86,7 +88,8 @@ def said_by_voc(listed: str, images: str) -> Said:
         except ValueError as error:
             faults[row], found = f"{file}: {error}", []
         shapes.append(shape)
-        for name, box in found:
+        for name, box, number in found:
+            numbers.append(number)
             image.append(row)
             category.append(names.setdefault(checked_name(name, f"{file}: an object's name"), len(names)))
             boxes.append(box)
@@ -100,6 +103,8 @@ def said_by_voc(listed: str, images: str) -> Said:
         names={number: name for name, number in names.items()},
         numbered=False,
         faults=faults,
+        numbers=np.array(numbers, np.int64),
+        places=places,
     )
 
 
@@ -108,9 +113,9 @@ def is_difficult(entry: ElementTree.Element) -> bool:
     return (entry.findtext("difficult") or "0").strip() == "1"
 
 
-def _read(file: str) -> tuple[tuple[int, int], list[tuple[str, list[float]]]]:
-    """Height and width that an XML file gives, 0 where it gives none, and by object its name and box: left, top, width,
-    height in pixels.
+def _read(file: str) -> tuple[tuple[int, int], list[tuple[str, list[float], int]]]:
+    """Height and width that an XML file gives, 0 where it gives none, and by object its name, its box (left, top,
+    width, height in pixels) and its number.
 
     Raises:
         ValueError: what is wrong, with the object's number.
@@ -135,7 +140,7 @@ def _read(file: str) -> tuple[tuple[int, int], list[tuple[str, list[float]]]]:
         left, top, right, bottom = (_number(side or "", f"object {number}: bndbox") for side in sides)
         if right < left or bottom < top:
             raise ValueError(f"object {number} ends before it begins: {left:g}, {top:g} to {right:g}, {bottom:g}")
-        found.append((name, [left, top, right - left, bottom - top]))
+        found.append((name, [left, top, right - left, bottom - top], number))
     return (shape[0], shape[1]), found
 
 
