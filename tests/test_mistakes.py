@@ -273,7 +273,7 @@ def test_faulty_files_are_left_out_counted_and_listed(home: Path, tmp_path: Path
     }  # fmt: skip
     assert all(reason in listed for reason in reasons), listed
     assert len(listed.splitlines()) == 2 * len(reasons)  # of the train and of the val split
-    assert done.stdout.count("18 images are left out") == 1
+    assert done.stdout.count("warning: left out are 18 images (") == 1
     assert "python train/check_data.py data.yaml" in done.stdout
     assert "3 images with 2 boxes to train on" in done.stdout  # good, deep and more, which has no labels
 

@@ -3,6 +3,7 @@
 import logging
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -111,6 +112,24 @@ def test_minus_one_is_a_dash_with_a_line_that_says_why():
     assert small.split()[-3:] == ["1.000", "\u2013", "\u2013"]
     assert "-1.000" not in "".join(said)
     assert sum(line.startswith("\u2013: nothing to measure") for line in said) == 1
+
+
+def test_what_is_left_out_is_said_in_a_line(report: Report, tmp_path: Path, capsys):
+    whole = labels_of([ImageLabels("a", 0, (1, 1), np.zeros(1), np.zeros((1, 4)), [])])
+    report.faults("d.yaml", whole)
+    assert capsys.readouterr().out == ""
+    fewer = labels_of([ImageLabels("a", 0, (1, 1), np.zeros(1), np.zeros((1, 4)), []), "b.txt: no numbers"])
+    fewer.source.table = SimpleNamespace(left_out={0: [[1], [2, 4]]})
+    report.faults("d.yaml", whole, fewer)
+    where, check = tmp_path / "faults.txt", "python train/check_data.py d.yaml lists all that is wrong"
+    objects = "3 objects without a size or there twice"
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"left out are 1 images ({where} says why) and {objects}; {check}. First: b.txt: no numbers" in said
+    assert where.read_text() == "b.txt: no numbers\n"
+    fewer = labels_of([ImageLabels("a", 0, (1, 1), np.zeros(1), np.zeros((1, 4)), [])])
+    fewer.source.table = SimpleNamespace(left_out={0: [[1], [2, 4]]})
+    report.faults("d.yaml", fewer)
+    assert f"warning: left out are {objects}; {check}.\n" in capsys.readouterr().out
 
 
 def test_tide_is_left_out_where_nothing_is_found(report: Report, capsys):

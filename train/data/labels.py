@@ -144,6 +144,12 @@ class Labels(Sequence[ImageLabels]):
         wanted = set(chosen.tolist()) if len(chosen) < len(self.source) else None
         return [printable(text)[:LONGEST] for row, text in sorted(told.items()) if wanted is None or row in wanted]
 
+    @property
+    def dropped(self) -> int:
+        """Objects of the split that an annotation file lists and its table leaves out; of label files nobody knows."""
+        table = self.source.table
+        return sum(len(some) for parts in table.left_out.values() for some in parts) if table is not None else 0
+
     def _out_of_range(self, row: int, look: bool) -> str:
         """What is wrong with a label file that has a class too high."""
         file = label_file(self.source.file(row))

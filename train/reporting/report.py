@@ -78,22 +78,25 @@ class Report:
                 self.console.logger.info("the traceback", exc_info=not isinstance(error, OSError))
 
     def faults(self, data: str, *labels: Labels) -> None:
-        """Say how many images are left out, and list them with the reasons in the run's folder (collective).
+        """Say how many images are left out, listing them with the reasons in the run's folder, and how many objects, as
+        far as the index knows: nothing is read for it (collective).
 
         Args:
             data: the option, by which the check of the data set is started.
             labels: of the splits that are used.
         """
 
-        def write() -> tuple[int, str]:
+        def write() -> tuple[int, int, str]:
             if found := [fault for one in labels for fault in one.faults]:
                 self.going_on("faults.txt", lambda: self.results.write("faults.txt", "\n".join(found) + "\n"))
-            return len(found), found[0] if found else ""
+            return len(found), sum(one.dropped for one in labels), found[0] if found else ""
 
-        number, first = on_main(self.accelerator, write)
-        if number:
-            where, check = self.folder / "faults.txt", f"python train/check_data.py {quote(data)}"
-            self.say(f"warning: {number} images are left out ({where} says why); {check} finds more. First: {first}")
+        images, objects, first = on_main(self.accelerator, write)
+        told = [f"{images} images ({self.folder / 'faults.txt'} says why)"] * (images > 0)
+        told += [f"{objects} objects without a size or there twice"] * (objects > 0)
+        if told:
+            check, more = f"python train/check_data.py {quote(data)}", f" First: {first}" * (images > 0)
+            self.say(f"warning: left out are {' and '.join(told)}; {check} lists all that is wrong.{more}")
 
     def processes(self, config: EvalConfig, precision: str) -> None:
         """How many processes on which device, and what they compute in."""
