@@ -314,6 +314,10 @@ def test_a_data_set_in_cocos_form(tmp_path: Path, capsys: pytest.CaptureFixture[
     ]
     file.write_text(json.dumps(content))
     shutil.copy(folder / "train" / "3.jpg", folder / "train" / "extra.jpg")
+    for place in (folder / "train" / "deep" / "er", folder / "train" / ".hidden"):
+        place.mkdir(parents=True)
+        cv2.imwrite(str(place / "unlisted.jpg"), photo(40))
+    (folder / "train" / "deep" / "tool.py").write_text("")  # is nobody's image
     shutil.copy(folder / "train" / "4.jpg", folder / "valid" / "10.jpg")
     before = tree(folder)
     code, report = check(folder, tmp_path, capsys, fix=str(tmp_path / "mended"))
@@ -325,6 +329,7 @@ def test_a_data_set_in_cocos_form(tmp_path: Path, capsys: pytest.CaptureFixture[
         ("duplicate box", name, "annotation 4"),
         ("duplicate box", name, "annotation 102"),
         ("image without label", "extra.jpg", ""),
+        ("image without label", "unlisted.jpg", ""),
         ("image in two splits", "10.jpg", ""),
     }
     assert tree(folder) == before
@@ -438,9 +443,14 @@ def test_a_data_set_in_vocs_form(tmp_path: Path, capsys: pytest.CaptureFixture[s
     hard = edge.replace("<bndbox>", "<difficult>1</difficult><bndbox>", 1)  # it is not trained on, and counts
     (folder / "Annotations" / "5.xml").write_text(hard)
     (folder / "Annotations" / "4.xml").write_text(as_xml([*BOXES, ("cat", [9, 9, 0, 5])], WIDE, HIGH))
+    (folder / "Annotations" / "lonely.xml").write_text(as_xml(BOXES, WIDE, HIGH))
+    (folder / "Annotations" / "spare.xml").write_text(as_xml(BOXES, WIDE, HIGH))
+    cv2.imwrite(str(folder / "JPEGImages" / "spare.jpg"), photo(41))
     code, report = check(folder, tmp_path, capsys, fix=str(tmp_path / "mended"))
     assert code == 1
     assert kinds(report) == {
+        ("label without image", "lonely.xml", ""),
+        ("image without label", "spare.jpg", ""),
         ("coordinate outside the image", "0.xml", "object 3"),
         ("duplicate box", "1.xml", "object 3"),
         ("duplicate box", "3.xml", "object 3"),

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
@@ -10,7 +11,7 @@ from train.data.findings import Finding
 from train.data.index import Index
 from train.data.label_findings import of_boxes, of_labels
 from train.data.labels import ragged
-from train.data.listing import DataFiles, label_file
+from train.data.listing import DataFiles, label_file, located
 from train.data.looks import ENDINGS, FORMATS, SIDE, Looks, copies
 from train.data.scan import Counted
 from train.data.tables import Table
@@ -38,6 +39,7 @@ def findings(
         read.setdefault(index.from_file, split)  # one that has the same images as another has the same faults
     once = {split: indexes[split] for split in read.values()}
     yield from _of_files(once, data)
+    yield from _of_xml_files(once, data)
     for split, index in once.items():
         yield from _of_images(split, index, looks[split])
         yield from of_labels(split, index, data, counted)
@@ -66,7 +68,7 @@ def by_their_files(found: list[Finding], data: DataFiles, indexes: dict[str, Ind
 def _of_files(indexes: dict[str, Index], data: DataFiles) -> Iterator[Finding]:
     """Images without labels, labels without images, and what lies among images and is none that the loader takes."""
     files = {split: [index.file(row) for row in range(len(index))] for split, index in indexes.items()}
-    known = {file for some in files.values() for file in some}
+    known = {os.path.normpath(file) for some in files.values() for file in some}
     claimed = {label_file(file) for file in known}
     looked_at: set[str] = set()
     for split, some in files.items():
@@ -75,11 +77,14 @@ def _of_files(indexes: dict[str, Index], data: DataFiles) -> Iterator[Finding]:
             if not os.path.exists(label_file(file)):
                 what = f"there is no {label_file(file)}: it is background"
                 yield Finding("image without label", split, file, "", what)
-        for file in _beside({os.path.dirname(file) for file in some} - looked_at, known):
+        here = images = {os.path.normpath(os.path.dirname(file)) for file in some}
+        if annotated and (folder := _images_of(split, data)):
+            images = here | _below(folder)  # in a folder without one that is listed there may be others
+        for file in _beside(images - looked_at, known):
             ending = file.rpartition(".")[2].lower()
             if ending in data.endings and annotated:
                 yield Finding("image without label", split, file, "", "no annotation file lists it; it is not used")
-            elif ending not in (*data.endings, *BESIDE):
+            elif ending not in (*data.endings, *BESIDE) and os.path.dirname(file) in here:
                 what = f"an image ends with {', '.join(data.endings)}; it is not used"
                 yield Finding("wrong extension", split, file, "", what)
         folders = {os.path.dirname(label_file(file)) for file in ([] if annotated else some)}
@@ -89,14 +94,46 @@ def _of_files(indexes: dict[str, Index], data: DataFiles) -> Iterator[Finding]:
                 yield from _of_names(split, file, data)
             elif name.endswith(".txt") and name not in LISTS:
                 yield Finding("label without image", split, file, "", "there is no image of this name")
-        looked_at |= {os.path.dirname(file) for file in some} | folders
+        looked_at |= images | folders
+
+
+def _of_xml_files(indexes: dict[str, Index], data: DataFiles) -> Iterator[Finding]:
+    """XML files of VOC's that no list names, and that have no image; where there is one, that is told."""
+    tables = {split: Table(*data.tables[split]) for split in indexes if split in data.tables}
+    listed = {os.path.normpath(file) for table in tables.values() for file, _ in table.places}
+    looked_at: set[str] = set()
+    for split in tables:
+        annotations = located(data.root, data.splits[split]["annotations"])
+        if annotations.suffix == ".txt":
+            below = _below(str(annotations.parents[2] / "Annotations")) - looked_at
+            images = {Path(file).stem for file in _beside(_below(_images_of(split, data)), set())} if below else set()
+            for file in _beside(below, listed):
+                if file.endswith(".xml") and Path(file).stem not in images:
+                    what = "no list names it, and there is no image of this name"
+                    yield Finding("label without image", split, file, "", what)
+            looked_at |= below
+
+
+def _images_of(split: str, data: DataFiles) -> str:
+    """The folder of the images of a split that has an annotation file; nothing where they are in that."""
+    table = Table(*data.tables[split])
+    return "" if table.images is not None else os.path.normpath(located(data.root, data.splits[split]["images"]))
+
+
+def _below(folder: str) -> set[str]:
+    """A folder and all below it, without hidden ones."""
+    found = set()
+    for place, folders, _ in os.walk(folder):
+        folders[:] = (name for name in folders if name[0] != ".")
+        found.add(place)
+    return found
 
 
 def _beside(folders: set[str], known: set[str]) -> Iterator[str]:
     """Files in these folders that are not known, in order, without hidden ones."""
     for folder in sorted(folders):
         for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
-            file = os.path.join(folder, name)
+            file = os.path.normpath(os.path.join(folder, name))
             if name[0] != "." and file not in known and os.path.isfile(file):
                 yield file
 
