@@ -13,6 +13,7 @@ import cv2
 import numpy as np
 import polars as pl
 import pytest
+import yaml
 from accelerate import Accelerator
 
 from tests.conftest import DETECT, ROOT, TINY, succeed
@@ -178,6 +179,28 @@ def test_the_names_of_the_classes(tmp_path: Path, accelerator: Accelerator):
     assert to_train_on(data, TrainConfig(), accelerator)[0].cls.tolist() == [1]
     (folder / "data.yaml").write_text("names: [cat]\n")
     assert "there are 0 to 0" in faults_of(folder, accelerator)[0]
+
+
+@pytest.mark.parametrize("kind", ["sequence", "list", "struct"])
+def test_class_names_stand_in_the_readme_alone(kind: str, tmp_path: Path):
+    folder = folder_of(tmp_path / "numbers", [({"bytes": PNG, "path": "a.png"}, [BOX])], names=None)
+    label = {"class_label": {"names": {"1": "dog", "0": "cat"}}}
+    category = {"name": "category"} | ({"sequence": label} if kind == "struct" else {"dtype": label})
+    features = [{"name": "image", "dtype": "image"}, {"name": "objects", kind: [{"name": "bbox"}, category]}]
+    card = "---\n" + yaml.safe_dump({"license": "mit", "dataset_info": {"features": features}}) + "---\n# Pets\n"
+    (folder / "README.md").write_text(card)
+    assert find_data(str(folder)).names == {0: "cat", 1: "dog"}
+    (folder / "data.yaml").write_text("names: [a, b]\n")
+    assert find_data(str(folder)).names == {0: "a", 1: "b"}  # by whoever has written it for this
+    (folder / "data.yaml").unlink()
+    for text in (
+        "", "# Pets", card.replace("dog", "cat"), card.replace("'1'", "'2'"), card.replace("class_label", "int"),
+        card.replace("cat", "!!python/object/apply:os.getcwd []"), "---\n&a [*a]\n---\n", "---\ndataset_info: [\n",
+        "---\ndataset_info: {features: [&a {name: objects, list: *a}]}\n---\n",
+    ):  # fmt: skip
+        (folder / "README.md").write_text(text)
+        with pytest.raises(InputError, match=r"neither it nor README\.md says what they are called"):
+            find_data(str(folder))
 
 
 def test_a_broken_file_is_one_message(tmp_path: Path):

@@ -16,7 +16,7 @@ from train.config.objects import Carries, Objects
 from train.data.coco_json import said_by_coco
 from train.data.darknet import OBJ_DATA, read_obj_data
 from train.data.data_yaml import DataYaml, read_data_yaml
-from train.data.huggingface import parquet_below, parquet_files, parquet_splits, said_by_parquet
+from train.data.huggingface import card_names, parquet_below, parquet_files, parquet_splits, said_by_parquet
 from train.data.listing import DataFiles, as_list, located
 from train.data.shapes import draw_shapes
 from train.data.tables import Said, Table, images_of, kept_at, mirrored, table_of
@@ -184,8 +184,9 @@ def _tables(
             files += xml_files(file)
             table, read = kept_at(files, folder, images), partial(said_by_voc, file, images)
         else:
-            table = kept_at(files, folder, also=str(given.names))
-            read = partial(said_by_parquet, files, given.names, Path(images), images_of(table), tell)
+            names = given.names or card_names(root)
+            table = kept_at(files, folder, also=str(names))
+            read = partial(said_by_parquet, files, names, Path(images), images_of(table), tell)
         tables[split] = table_of(table, files, read, say)
     return tables
 

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
 from train.config.errors import InputError
-from train.config.plain import checked_name
+from train.config.plain import checked_name, text_of
 from train.config.words import in_bytes
 from train.data.formats import FAR, check_regular
 from train.data.tables import Said
@@ -28,6 +29,8 @@ WHOLE = ("data/*.parquet", "*.parquet")  # without such a word all is to train o
 CHUNK = 64_000_000  # bytes of a file that are in memory at a time, or a group of its rows where that is larger
 QUIET = 5.0  # seconds after which it is said how far the images are
 CROWD = ("iscrowd", "is_crowd")
+CARD, DEEP = 5_000_000, 4  # bytes of a README.md; descriptions of a feature that are inside each other
+NOT_AS_WRITTEN = (KeyError, TypeError, AttributeError, IndexError, RecursionError, StopIteration)  # by `datasets`
 # How a file of an image begins, and what it is called
 KINDS = {
     rb"\xff\xd8\xff": ".jpg", rb"\x89PNG": ".png", rb"RIFF....WEBP": ".webp", rb"BM": ".bmp", rb"II\*\0|MM\0\*": ".tif",
@@ -302,8 +305,9 @@ def _names(opened: list[_File], given: dict[int, str]) -> dict[int, str]:
         raise InputError(f"{first.file} names two classes {twice!r} in its metadata.")
     if not first.names and not given:
         raise InputError(
-            f"{first.file} has numbers as categories, and does not say what they are called. Write that into a file "
-            "data.yaml in the folder that --data names, as a line such as `names: [person, car]`, in their order."
+            f"{first.file} has numbers as categories, and neither it nor README.md says what they are called. Write "
+            "that into a file data.yaml in the folder that --data names, as a line such as `names: [person, car]`, in "
+            "their order."
         )
     declared = {i: checked_name(name, f"{first.file}: class {i}") for i, name in enumerate(first.names)}
     return declared or given
@@ -314,8 +318,31 @@ def class_names(metadata: str) -> list[str]:
     try:
         kind = _element(_element(json.loads(metadata)["info"]["features"]["objects"])["category"])
         return [str(name) for name in kind.get("names") or ()]
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
+    except (ValueError, *NOT_AS_WRITTEN):
         return []
+
+
+def card_names(folder: Path) -> dict[int, str]:
+    """The class names that `datasets` writes into the lines before README.md's text, by number; of nothing else there
+    anything is taken. Nothing where there are none.
+    """
+    file = str(folder / "README.md")
+    try:
+        check_regular(file)
+        before, _, rest = text_of(file, file, CARD).replace("\r\n", "\n").partition("---\n")
+        info = {} if before else yaml.safe_load(rest.partition("\n---")[0])["dataset_info"]
+        parts = (info[0] if isinstance(info, list) else info)["features"]
+        for name in ("objects", "category"):
+            parts = next(one for one in parts if one["name"] == name)
+            for _ in range(DEEP):
+                if isinstance(parts, dict) and "class_label" not in parts:
+                    parts = next(parts[kind] for kind in ("dtype", "sequence", "list", "struct") if kind in parts)
+        names = parts["class_label"]["names"]
+        found = {i: names[i] if isinstance(names, list) else names[str(i)] for i in range(len(names))}
+    except (InputError, OSError, yaml.YAMLError, ValueError, *NOT_AS_WRITTEN):
+        return {}
+    plain = all(isinstance(name, str) for name in found.values()) and len({*found.values()}) == len(found)
+    return {i: checked_name(name, f"{file}: class {i}") for i, name in found.items()} if plain else {}
 
 
 def _element(feature: Any) -> Any:
