@@ -380,6 +380,7 @@ def test_boxes_of_coco_that_are_none_are_told_each_and_crowds_lie_where_they_wil
         patch.setattr(coco_findings, "hotcoco", None)
         assert told(tmp_path, None, None, {"bbox": [30, 40, 60, 50.1]}) == twice
     assert told(tmp_path, None, categories=None) == []  # the reader says so
+    assert told(tmp_path, None, images=[{"id": 0, "file_name": "a.jpg", "width": 10**400, "height": HIGH}]) == []
 
 
 def test_masks_and_keypoints_that_are_none_are_told(tmp_path: Path):

@@ -2,7 +2,6 @@
 annotations, takes ids that are text, and lets a box leave its image a little.
 """
 
-import math
 from collections import Counter
 from collections.abc import Iterator
 from itertools import chain
@@ -15,6 +14,7 @@ from train.data.findings import OVER, Finding
 from train.data.formats import FAR
 from train.data.runlengths import are_polygons, is_mask, numbers_of
 from train.data.tables import OUTSIDE, is_outside, over_edge
+from train.processes.allocator import no_collection
 
 try:
     import hotcoco
@@ -22,32 +22,32 @@ except ImportError:  # then boxes that lie on each other are found where they ar
     hotcoco = None  # type: ignore[assignment]
 
 Entry = tuple[str, dict[str, Any]]  # an annotation, and how it is called
+Images = dict[Any, tuple[str, int, int]]  # by id name, height and width; 0 where the file does not say
 
 
-def of_annotations(split: str, file: str) -> Iterator[Finding]:
+def of_annotations(split: str, file: str) -> list[Finding]:
     """What is wrong with the annotations of a file in COCO's form, each by its id, or by its number where it has none
     of its own; nothing of a file that holds something else: its reader says why.
     """
-    try:
-        content = read_json(file)
-        annotations = list(content["annotations"])
-        images = {_key(one["id"]): one for one in content["images"]}
-        categories = {_key(one["id"]) for one in content["categories"]}
-    except UNREADABLE:
-        return
-    entries: list[Entry] = []
-    for kind, place, what in _named(annotations, entries):
-        yield Finding(kind, split, file, place, what)
-    placed: list[Entry] = []
-    for place, one in entries:
-        lacking = "image" if _key(one.get("image_id")) not in images else "category"
-        if lacking == "image" or _key(one.get("category_id")) not in categories:
-            what = f"the file does not list its {lacking}"
-            yield Finding("annotation that cannot be placed", split, file, place, what)
-        else:
-            placed.append((place, one))
-    for kind, place, what in chain(_of_boxes(placed, images), _of_masks(placed, images), _of_keypoints(placed)):
-        yield Finding(kind, split, file, place, what)
+    with no_collection():
+        try:
+            content = read_json(file)
+            annotations = list(content["annotations"])
+            images = {_key(one["id"]): (str(one.get("file_name")), *_size(one)) for one in content["images"]}
+            categories = {_key(one["id"]) for one in content["categories"]}
+        except UNREADABLE:
+            return []
+        entries: list[Entry] = []
+        said = [*_named(annotations, entries)]
+        placed: list[Entry] = []
+        for place, one in entries:
+            lacking = "image" if _key(one.get("image_id")) not in images else "category"
+            if lacking == "image" or _key(one.get("category_id")) not in categories:
+                said.append(("annotation that cannot be placed", place, f"the file does not list its {lacking}"))
+            else:
+                placed.append((place, one))
+        said += chain(_of_boxes(placed, images), _of_masks(placed, images), _of_keypoints(placed))
+    return [Finding(kind, split, file, place, what) for kind, place, what in said]
 
 
 def lying_on_another(image: np.ndarray, cls: np.ndarray, boxes: np.ndarray) -> np.ndarray:
@@ -101,7 +101,7 @@ def _named(annotations: list[Any], entries: list[Entry]) -> Iterator[tuple[str, 
         yield "annotations without ids", "", what
 
 
-def _of_boxes(entries: list[Entry], images: dict[Any, Any]) -> Iterator[tuple[str, str, str]]:
+def _of_boxes(entries: list[Entry], images: Images) -> Iterator[tuple[str, str, str]]:
     """Kind, place and words of what is wrong with the boxes of annotations; crowds are not trained on."""
     places: list[str] = []
     keys: list[tuple[Any, Any]] = []
@@ -122,15 +122,14 @@ def _of_boxes(entries: list[Entry], images: dict[Any, Any]) -> Iterator[tuple[st
             boxes.append(box)
     if not boxes:
         return
-    table, of = np.array(boxes), [images[image] for image, _ in keys]
-    sides = np.array([_size(one)[::-1] for one in of], np.float64)
+    table, sides = np.array(boxes), np.array([images[image][:0:-1] for image, _ in keys], np.float64)
     shares = np.concatenate((table[:, :2] + table[:, 2:] / 2, table[:, 2:]), 1) / np.tile(np.maximum(sides, 1), 2)
     outside, over = is_outside(shares), over_edge(shares)
     for i in np.flatnonzero(sides.all(1) & (outside | (over > OUTSIDE))).tolist():
         what = OVER.format(over[i])
         if outside[i]:
-            width, height = map(int, sides[i])
-            what = f"its box {boxes[i]} leaves {of[i].get('file_name')} of {width}x{height} px, which is left out"
+            name, height, width = images[keys[i][0]]
+            what = f"its box {boxes[i]} leaves {name} of {width}x{height} px, which is left out"
         yield "coordinate outside the image" if outside[i] else "box over the edge", places[i], what
     image, cls = (np.unique([str(key) for key in some], return_inverse=True)[1] for some in zip(*keys, strict=True))
     for i in lying_on_another(image, cls, table).tolist():
@@ -140,7 +139,8 @@ def _of_boxes(entries: list[Entry], images: dict[Any, Any]) -> Iterator[tuple[st
 def _size(image: Any) -> tuple[int, int]:
     """Height and width that the file gives of an image; 0 where it gives none."""
     height, width = (_key(image.get(side)) for side in ("height", "width"))
-    return (height, width) if isinstance(height, int) and isinstance(width, int) and min(height, width) > 0 else (0, 0)
+    right = all(isinstance(side, int) and 0 < side < FAR for side in (height, width))
+    return (height, width) if right else (0, 0)
 
 
 def _numbers(value: Any) -> list[float]:
@@ -149,10 +149,10 @@ def _numbers(value: Any) -> list[float]:
         found = [float(number) for number in (value if isinstance(value, list) else ())]
     except (TypeError, ValueError, OverflowError):
         return []
-    return found if all(math.isfinite(number) and abs(number) < FAR for number in found) else []
+    return found if all(abs(number) < FAR for number in found) else []
 
 
-def _of_masks(entries: list[Entry], images: dict[Any, Any]) -> Iterator[tuple[str, str, str]]:
+def _of_masks(entries: list[Entry], images: Images) -> Iterator[tuple[str, str, str]]:
     """Kind, place and words of masks that train/segment.py refuses, where the file is not of boxes alone."""
     if not any(one.get("segmentation") for _, one in entries if not _key(one.get("iscrowd", 0))):
         return
@@ -161,7 +161,7 @@ def _of_masks(entries: list[Entry], images: dict[Any, Any]) -> Iterator[tuple[st
     for place, one in entries:
         mask = one.get("segmentation")
         polygons = isinstance(mask, list)
-        if not (right or are_polygons(mask) if polygons else is_mask(mask, _size(images[_key(one["image_id"])]))):
+        if not (right or are_polygons(mask) if polygons else is_mask(mask, images[_key(one["image_id"])][1:])):
             what = "its segmentation is neither polygons, lists of 6 or more numbers, nor run lengths of its image"
             yield "segmentation that is none", place, f"{what}; train/segment.py does not take the file"
 

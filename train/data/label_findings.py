@@ -152,7 +152,7 @@ def _of_left_out(split: str, table: Table, place: _Places) -> Iterator[Finding]:
     """Objects of an annotation file that its table is without."""
     for row, (sizeless, again) in table.left_out.items():
         for number in sizeless:
-            what = "its box has no width or no height; it is left out"
+            what = "its width or its height is not above 0; it is left out"
             yield Finding("box of no size", split, *place(row, number), what)
         for number in again:
             yield Finding("duplicate box", split, *place(row, number), "it is an earlier one again, and counts once")
