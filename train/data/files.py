@@ -16,7 +16,8 @@ from train.config.objects import Carries, Objects
 from train.data.coco_json import said_by_coco
 from train.data.darknet import OBJ_DATA, read_obj_data
 from train.data.data_yaml import DataYaml, read_data_yaml
-from train.data.huggingface import card_names, parquet_below, parquet_files, parquet_splits, said_by_parquet
+from train.data.huggingface import parquet_below, parquet_files, parquet_splits, said_by_parquet
+from train.data.huggingface_names import card_names
 from train.data.listing import DataFiles, as_list, located
 from train.data.shapes import draw_shapes
 from train.data.tables import Said, Table, images_of, kept_at, mirrored, table_of

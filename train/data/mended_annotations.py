@@ -18,7 +18,8 @@ from ultralytics.data.utils import exif_size
 from train.config.errors import InputError
 from train.data.coco_json import read_json
 from train.data.findings import Finding
-from train.data.huggingface import CROWD, class_names, named_frames, one_by_one, parquet_files, read_object
+from train.data.huggingface import CROWD, named_frames, one_by_one, parquet_files, read_object
+from train.data.huggingface_names import class_names
 from train.data.index import Index
 from train.data.listing import DataFiles, located
 from train.data.runlengths import are_polygons, encoded
