@@ -54,6 +54,7 @@ def test_a_polygon_beside_the_image_is_dropped_and_a_box_around_it_ends_there():
     beside = "0 1.1 0.1 1.2 0.1 1.3 0.5\n0 -0.5 1.2 0.1 1.5 0.3 1.1\n0 0.1 0.1 0.1 0.2 0.1 0.3\n"
     assert mended_text(polygon + beside, 1) == polygon
     assert mended_text("0 0.9 0.1 1.1 0.1 1.1 0.3\n", 1) == "0 0.9 0.1 1 0.1 1 0.3\n"
+    assert mended_text("0 0.95 0.5 0.4 0.2\n", 1) == "0 0.875 0.5 0.25 0.2\n"  # a label, and over the edge
     points = "0.2 0.2 2 0.9 0.9 1\n"
     assert mended_text(f"0 0.5 0.6 1.2 1 {points}", 1, (2, 3)) == f"0 0.5 0.55 1 0.9 {points}"
 

@@ -26,6 +26,7 @@ from train.data.mended_annotations import (
     write_parquet,
     write_voc,
 )
+from train.data.tables import OUTSIDE, over_edge
 from train.processes.files import draft_of
 
 LEFT_OUT = ("image that cannot be read", "duplicate image", "image in two splits")
@@ -172,7 +173,7 @@ def mended_text(text: str, classes: int, keypoints: tuple[int, ...] = ()) -> str
         fields = line.split()
         if not fields:
             continue
-        if not _is_label(line, classes, keypoints):
+        if not _is_label(line, classes, keypoints) or over_edge(read_label(line, classes, keypoints)[1])[0] > OUTSIDE:
             line = _ending_at_the_image(fields, keypoints)
             if not line or not _is_label(line, classes, keypoints):
                 continue
