@@ -57,6 +57,8 @@ def start_processes(
         # Ranks may hold different numbers of validation batches; training batches are dealt out evenly by number.
         dataloader_config=DataLoaderConfiguration(even_batches=False, non_blocking=device == "cuda"),
         kwargs_handlers=[
+            # Not static_graph: its first all-reduce comes after the backward and lays out other buckets, so that three
+            # ranks and more have other sums; `make test-cuda` prints what it would be worth.
             DistributedDataParallelKwargs(
                 find_unused_parameters=False,
                 gradient_as_bucket_view=True,
