@@ -43,6 +43,8 @@ MASKS = (  # what a run says of time, memory and places
     (r"eta [\d:]+", "eta #"),
     (r"images in [\d.]+ s", "images in # s"),
     (r"(data|inference|postprocess|gather|metric) [\d.]+ \([\d.]+\)", r"\1 #"),
+    (r"[\d.]+ ms an image", "# ms an image"),
+    (r"took [\d:]+ \(h", "took # (h"),
 )
 PASSING = ("warning: slower than the median rank", "still ")  # lines that come and go with the load of the machine
 
