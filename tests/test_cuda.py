@@ -388,7 +388,7 @@ T7 = {
 
 
 @pytest.mark.parametrize("case", T7)
-@on_each_device
+@on_each_device_slowly
 def test_t7_resume_on_another_kind_of_device(device: str, data: Path, tmp_path: Path, case: str):
     """The state of one epoch, saved on the CPU, then gone on with on the device, and the other way round."""
     first, second, near = T7[case]

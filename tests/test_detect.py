@@ -148,6 +148,7 @@ def test_a_killed_run_resumes_and_ends_with_the_weights_it_would_have_had(tmp_pa
     assert (whole / "metrics.json").read_bytes() == (killed / "metrics.json").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_run_of_an_older_commit_validates_and_resumes_with_more_epochs_and_processes(tmp_path: Path):
     kept, folder = ROOT / "tests" / "fixtures" / "run", tmp_path / "runs" / "detect" / "exp"
     shutil.copytree(kept, folder)  # trained on one process, at the last commit before the house was rebuilt
@@ -168,6 +169,7 @@ def test_a_run_of_an_older_commit_validates_and_resumes_with_more_epochs_and_pro
             assert float(row[name]) == pytest.approx(float(before[-1][name]), rel=0.15)
 
 
+@pytest.mark.slow
 def test_own_code_and_an_own_loss_run_on_every_process(tmp_path: Path, shapes: Path):
     shutil.copytree(ROOT / "train", tmp_path / "train", ignore=shutil.ignore_patterns("__pycache__", "assets"))
     share = 'print(f"share {len(batch[\'img\'])}; ", end="")'  # one write, so that the ranks' words stay apart
