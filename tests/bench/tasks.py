@@ -27,7 +27,7 @@ from train.model.tasks import TASKS
 IMAGES, EACH, TRUTHS, CLASSES, SIZE = 5000, 100, 36_000, 80, (480, 640)
 MODELS = {"segment": "yolov8n-seg.yaml", "pose": "yolov8n-pose.yaml"}
 NAMES = {0: "circle", 1: "square", 2: "triangle"}
-SOUGHT = 50  # detections in an image, that a validation is to have at least
+SOUGHT = 50  # detections in an image, that a validation with masks is to have at least
 
 
 # The metric -----------------------------------------------------------------------------------------------------------
@@ -167,7 +167,7 @@ def measure_validation(task: str, data: str, shapes: str, images: int, rounds: i
             from tests.bench.masks import in_words
 
             print(f"\n{in_words(job('task-masks', weights, shapes))}\n")
-        if found < SOUGHT:
+        if task == "segment" and found < SOUGHT:  # of keypoints a detection costs next to nothing
             sys.exit(f"{found:.0f} detections an image; a comparison needs {SOUGHT}")
 
 
