@@ -117,10 +117,12 @@ def job_task_masks(weights: str, data: str) -> dict[str, list[float]]:
 # The run --------------------------------------------------------------------------------------------------------------
 def measure(task: str, data: str | None, images: int, rounds: int, only: list[str]) -> None:
     """Measure these parts and print Markdown tables."""
-    KEPT.mkdir(exist_ok=True)
-    shapes = str(draw_shapes(KEPT, carries=TASKS[task].carries))
     if "metric" in only:
         measure_metric(task)
+    if not {"validation", "training"} & {*only}:
+        return
+    KEPT.mkdir(exist_ok=True)
+    shapes = str(draw_shapes(KEPT, carries=TASKS[task].carries))
     if "validation" in only and data:
         measure_validation(task, data, shapes, images, rounds)
     if "training" in only:

@@ -12,7 +12,7 @@ import numpy as np
 from train.data.coco_json import UNREADABLE, read_json
 from train.data.findings import OVER, Finding
 from train.data.formats import FAR
-from train.data.runlengths import are_polygons, is_mask, numbers_of
+from train.data.runlengths import that_are_none
 from train.data.tables import OUTSIDE, is_outside, over_edge
 from train.processes.allocator import no_collection
 
@@ -156,14 +156,10 @@ def _of_masks(entries: list[Entry], images: Images) -> Iterator[tuple[str, str, 
     """Kind, place and words of masks that train/segment.py refuses, where the file is not of boxes alone."""
     if not any(one.get("segmentation") for _, one in entries if not _key(one.get("iscrowd", 0))):
         return
-    lists = [mask for _, one in entries if isinstance(mask := one.get("segmentation"), list)]
-    right = all(lists) and numbers_of([*chain.from_iterable(lists)]) is not None  # all at once: one by one is slow
-    for place, one in entries:
-        mask = one.get("segmentation")
-        polygons = isinstance(mask, list)
-        if not (right or are_polygons(mask) if polygons else is_mask(mask, images[_key(one["image_id"])][1:])):
-            what = "its segmentation is neither polygons, lists of 6 or more numbers, nor run lengths of its image"
-            yield "segmentation that is none", place, f"{what}; train/segment.py does not take the file"
+    what = "its segmentation is neither polygons, lists of 6 or more numbers, nor run lengths of its image"
+    sizes = [images[_key(one["image_id"])][1:] for _, one in entries]
+    for i in that_are_none([one.get("segmentation") for _, one in entries], sizes):
+        yield "segmentation that is none", entries[i][0], f"{what}; train/segment.py does not take the file"
 
 
 def _of_keypoints(entries: list[Entry]) -> Iterator[tuple[str, str, str]]:

@@ -18,7 +18,7 @@ from train.config.errors import InputError
 from train.config.objects import Carries
 from train.config.plain import checked_name
 from train.data.formats import FAR, check_regular
-from train.data.runlengths import are_polygons, encoded, is_mask, numbers_of
+from train.data.runlengths import encoded, that_are_none
 from train.data.tables import Said
 from train.processes.allocator import no_collection
 
@@ -225,15 +225,11 @@ def _check_beside(found: CocoFile, carries: Carries, source: str) -> None:
                 )
     if carries == "polygons":
         masks, sizes = [one["segmentation"] for one in found.beside], found.sizes[found.image].tolist()
-        lists = [mask for mask in masks if isinstance(mask, list)]
-        right = all(lists) and numbers_of([*chain.from_iterable(lists)]) is not None  # all at once: one by one is slow
-        for number, (mask, (height, width)) in enumerate(zip(masks, sizes, strict=True), 1):
-            polygons = isinstance(mask, list)
-            if not (right or are_polygons(mask) if polygons else is_mask(mask, (height, width))):
-                raise InputError(
-                    f"{source}: the segmentation of annotation {number} is neither polygons, lists of 6 or more "
-                    "numbers, nor run lengths (size, counts) of its image."
-                )
+        for place in that_are_none(masks, sizes):
+            raise InputError(
+                f"{source}: the segmentation of annotation {place + 1} is neither polygons, lists of 6 or more "
+                "numbers, nor run lengths (size, counts) of its image."
+            )
 
 
 def said_by_coco(file: str, carries: Carries, source: str) -> Said:

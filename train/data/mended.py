@@ -173,14 +173,13 @@ def mended_text(text: str, classes: int, keypoints: tuple[int, ...] = ()) -> str
         fields = line.split()
         if not fields:
             continue
-        if not _is_label(line, classes, keypoints) or over_edge(read_label(line, classes, keypoints)[1])[0] > OUTSIDE:
+        box = _box_of(line, classes, keypoints)
+        if box is None or over_edge(box)[0] > OUTSIDE:
             line = _ending_at_the_image(fields, keypoints)
-            if not line or not _is_label(line, classes, keypoints):
-                continue
-        row = tuple(map(float, line.split()))
-        if not read_label(line, classes, keypoints)[1][0, 2:].all():  # a box or polygon without a size
+            box = _box_of(line, classes, keypoints) if line else None
+        if box is None or not box[0, 2:].all():  # a box or polygon without a size
             continue
-        kept.setdefault(row, line)
+        kept.setdefault(tuple(map(float, line.split())), line)
     if not keypoints and len({len(row) == 5 for row in kept}) == 2:
         kept = {row: line if len(row) > 5 else _as_polygon(row) for row, line in kept.items()}
     elif len(boxes := [row for row in kept if len(row) == 5]) == len(kept):
@@ -190,12 +189,12 @@ def mended_text(text: str, classes: int, keypoints: tuple[int, ...] = ()) -> str
     return text if lines == text.splitlines() else "".join(f"{line}\n" for line in lines)
 
 
-def _is_label(line: str, classes: int, keypoints: tuple[int, ...]) -> bool:
+def _box_of(line: str, classes: int, keypoints: tuple[int, ...]) -> np.ndarray | None:
+    """The box (1, 4) of a label, xywh normalised; None where the line is none."""
     try:
-        read_label(line, classes, keypoints)
+        return read_label(line, classes, keypoints)[1]
     except ValueError:
-        return False
-    return True
+        return None
 
 
 def _ending_at_the_image(fields: list[str], keypoints: tuple[int, ...]) -> str:

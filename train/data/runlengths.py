@@ -1,5 +1,6 @@
 """COCO's `segmentation` of an object: polygons, or a mask as run lengths down the columns of its image."""
 
+from collections.abc import Iterator
 from itertools import chain
 from typing import Any
 
@@ -34,6 +35,21 @@ def numbers_of(polygons: list[Any]) -> np.ndarray | None:
     except OverflowError:
         return None
     return numbers if (np.abs(numbers) < FAR).all() else None
+
+
+def that_are_none(masks: list[Any], sizes: list[Any]) -> Iterator[int]:
+    """Places of what is neither polygons nor run lengths that fill an image.
+
+    Args:
+        masks: a `segmentation` of each object.
+        sizes: height and width of its image.
+    """
+    lists = [mask for mask in masks if isinstance(mask, list)]
+    right = all(lists) and numbers_of([*chain.from_iterable(lists)]) is not None  # all at once: one by one is slow
+    for place, (mask, (height, width)) in enumerate(zip(masks, sizes, strict=True)):
+        polygons = isinstance(mask, list)
+        if not (right or are_polygons(mask) if polygons else is_mask(mask, (height, width))):
+            yield place
 
 
 def is_mask(mask: Any, size: tuple[int, int]) -> bool:

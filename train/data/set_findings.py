@@ -15,6 +15,7 @@ from train.data.listing import DataFiles, label_file, located
 from train.data.looks import ENDINGS, FORMATS, SIDE, Looks, copies
 from train.data.scan import Counted
 from train.data.tables import Table
+from train.data.voc import annotations_of
 
 BESIDE = ("txt", "xml", "json", "csv", "yaml", "yml", "cache", "names", "data", "md", "npy", "parquet")
 NAME_LISTS = ("classes.txt", "labels.txt", "obj.names")  # that labelling tools leave beside their labels
@@ -105,7 +106,7 @@ def _of_xml_files(indexes: dict[str, Index], data: DataFiles) -> Iterator[Findin
     for split in tables:
         annotations = located(data.root, data.splits[split]["annotations"])
         if annotations.suffix == ".txt":
-            below = _below(str(annotations.parents[2] / "Annotations")) - looked_at
+            below = _below(annotations_of(str(annotations))) - looked_at
             images = {Path(file).stem for file in _beside(_below(_images_of(split, data)), set())} if below else set()
             for file in _beside(below, listed):
                 if file.endswith(".xml") and Path(file).stem not in images:
